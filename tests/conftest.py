@@ -1,0 +1,64 @@
+"""Shared fixtures: small OpenFWI-like files, and where real data may lie."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils import run_program
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)  # tests are small; more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real OpenFWI data; skips the test where it is not at hand."""
+    if not SHARED.is_dir():
+        pytest.skip("real OpenFWI data (../shared/data) is not at hand")
+    return SHARED
+
+
+def write_pair(folder, family, number=1, n=4, seed=0, dtype=np.float32):
+    """One file pair of random numbers in OpenFWI's layout; returns (seismic path, velocity path)."""
+    rng = np.random.default_rng(seed)
+    if "Fault" in family:
+        seis, vel = folder / family / f"seis2_1_{number}.npy", folder / family / f"vel2_1_{number}.npy"
+    else:
+        seis, vel = (
+            folder / family / "data" / f"data{number}.npy",
+            folder / family / "model" / f"model{number}.npy",
+        )
+    for path in (seis, vel):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(seis, rng.normal(size=(n, 5, 1000, 70)).astype(dtype))
+    np.save(vel, rng.integers(1500, 4501, (n, 1, 70, 70)).astype(dtype))
+    return seis, vel
+
+
+def run_cli(program, *args, timeout=300):
+    """Run one of our programs in a process of its own."""
+    command = [sys.executable, str(ROOT / program), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def refuses(monkeypatch, capsys):
+    """Assert that a program's `main` refuses its arguments: exit code 2, one line that holds all `words`."""
+
+    def check(main, *args, words):
+        monkeypatch.setattr(sys, "argv", ["program.py", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_program(main)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(lines) == 1, lines
+        for word in words:
+            assert str(word) in lines[0], (word, lines[0])
+
+    return check

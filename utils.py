@@ -1,0 +1,382 @@
+"""What every program needs: processes and devices, checkpoints, logs, scores, figures."""
+
+import contextlib
+import datetime
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+FAMILIES = (  # OpenFWI's ten families, in its own order
+    *("FlatVel_A", "FlatVel_B", "CurveVel_A", "CurveVel_B", "FlatFault_A", "FlatFault_B"),
+    *("CurveFault_A", "CurveFault_B", "Style_A", "Style_B"),
+)
+V_MIN, V_MAX = 1500.0, 4500.0  # OpenFWI's velocity range, m/s
+
+
+def mirror_survey(seis):
+    """Reverse the survey left to right: (B, S, T, R) -> (B, S, T, R).
+
+    Sources and receivers swap ends; time is untouched. Exact only when the
+    source positions are symmetric: OpenFWI's centre source (cell 34) is not.
+    """
+    return seis.flip(1, 3)
+
+
+def check_family(name):
+    """Return `name` if it is one of OpenFWI's ten; raises ValueError with the nearest one."""
+    if name not in FAMILIES:
+        lower = {family.lower(): family for family in FAMILIES}
+        near = difflib.get_close_matches(name.lower(), lower, 1)
+        hint = f"; did you mean {lower[near[0]]}?" if near else ""
+        raise ValueError(f"unknown family {name!r}{hint} (all: {', '.join(FAMILIES)})")
+    return name
+
+
+# ---------------------------------------------------------------- programs, processes, devices
+
+
+def run_program(main):
+    """Run `main(argv)`; bad input and what cannot go on is one line on stderr and exit code 2.
+
+    `python -X dev PROGRAM` shows the traceback instead.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
+        if sys.flags.dev_mode:
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: cannot be read or written ({error.strerror}); give another path"
+        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+@dataclass
+class Process:
+    """This process among its peers."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """Sum of `tensor` over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+@contextlib.contextmanager
+def processes(cfg):
+    """Join torchrun's process group where there is one; yields this `Process`.
+
+    NCCL on CUDA, gloo elsewhere. Raises ValueError when a device is asked for
+    that is not there.
+    """
+    env = {name: int(os.environ.get(name, default)) for name, default in
+           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
+    device = pick_device(cfg.device, env["LOCAL_RANK"])
+    torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // env["LOCAL_WORLD_SIZE"]))
+    if env["WORLD_SIZE"] > 1:
+        store, rank, world = next(rendezvous("env://"))
+        if env["LOCAL_WORLD_SIZE"] == world:
+            # a restart on one machine finds the lost processes' addresses in the same store
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # rank 0 may simulate a data set while the others wait
+        timeout, backend = datetime.timedelta(hours=4), "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield Process(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name, local_rank=0):
+    """auto, cpu, cuda or mps -> torch.device; raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        n_cards = torch.cuda.device_count()
+        if local_rank >= n_cards:
+            raise ValueError(
+                f"process {local_rank + 1} of this machine has no card: {n_cards} CUDA devices found; "
+                f"start at most {n_cards} processes, or use --device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device=mps: no MPS device here; use --device=auto")
+    return torch.device(name)
+
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the others compute as they are
+
+
+def pick_precision(name, device):
+    """Resolve `auto` and switch TF32: float32, tf32, bfloat16 or float16.
+
+    auto is the 16 bits a CUDA card computes natively, and float32 elsewhere: on
+    CPUs bfloat16 was measured slower. Raises ValueError for what the device lacks.
+    """
+    on_cuda = device.type == "cuda"
+    has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        name = ("bfloat16" if has_bfloat16 else "float16") if on_cuda else "float32"
+    if name == "tf32" and not on_cuda:
+        raise ValueError(f"--precision=tf32 is CUDA's, this is {device.type}; use float32 or bfloat16")
+    if name == "bfloat16" and on_cuda and not has_bfloat16:
+        raise ValueError("--precision=bfloat16: this card only emulates it; use float16")
+    if name in AUTOCAST:
+        try:
+            with torch.autocast(device.type, dtype=AUTOCAST[name]):
+                torch.nn.functional.conv2d(*torch.ones(2, 1, 1, 3, 3, device=device))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--precision={name} does not work on {device.type} here ({reason}); use float32"
+            ) from None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- run folders, checkpoints
+
+
+@contextlib.contextmanager
+def write_atomic(path):
+    """Yield a temporary path beside `path` and rename it when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Write `state` (tensors, numbers, strings, containers) whole or not at all."""
+    with write_atomic(path) as part:
+        torch.save(state, part)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of ours, or a bare state dict, onto the CPU.
+
+    Returns a dict with at least `model` (name -> tensor); a bare state dict
+    comes back as {"model": it}. Raises ValueError, naming the file, when it
+    is missing, damaged, or holds anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; give --ckpt=PATH of a .pt file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # zip, pickle and torch each raise their own
+        reason = str(error).split("\n")[0][:160]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); copy or train it again") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        return state
+    if isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
+        return {"model": state}
+    raise ValueError(f"{path}: holds no weights; expected a state dict, or a dict with the key 'model'")
+
+
+def averaged_weights(checkpoint):
+    """The weights to predict with: the running average where the checkpoint holds one."""
+    return checkpoint.get("ema", checkpoint["model"])
+
+
+def run_folders(root, name):
+    """Existing runs/<number>-<name>/ folders, oldest first."""
+    found = [
+        (int(m[1]), p)
+        for p in Path(root).glob("*")
+        if (m := re.fullmatch(r"(\d+)-(.+)", p.name)) and m[2] == name
+    ]
+    return [p for _, p in sorted(found)]
+
+
+def new_run_folder(root, name):
+    """Make runs/<number>-<name>/ with the next free number; raises OSError where that fails."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for p in Path(root).iterdir() if (m := re.match(r"(\d+)-", p.name))]
+    folder = Path(root) / f"{max(taken, default=0) + 1:03d}-{name}"
+    folder.mkdir()
+    return folder
+
+
+def environment(device):
+    """Commit, versions and device, one `name: value` a line, for env.txt."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        commit = "unknown"
+    card = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    rows = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device} ({card}), {torch.get_num_threads()} CPU threads",
+    }
+    return "".join(f"{name}: {value}\n" for name, value in rows.items()) + launch_line() + "\n"
+
+
+def launch_line():
+    """What tells one launch from another: torchrun's restarts keep both its id and its process."""
+    return f"launch: {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {os.getppid()}"
+
+
+def read_lines(path):
+    """The lines of a text file, none where it is missing."""
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+
+
+def append_json(path, record):
+    """Append one line to a .jsonl file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------- scores
+
+
+class Score:
+    """Mean absolute error per family, summed per sample in float64."""
+
+    def __init__(self, device="cpu"):
+        # float64 is not to be had on MPS
+        self.sums = torch.zeros(len(FAMILIES) + 1, 2, dtype=torch.float64)
+        self.device = device
+
+    def add(self, prediction, target, family):
+        """Add maps (B, 1, Z, X) in m/s; family (B,) indexes FAMILIES, -1 = unknown."""
+        error = (prediction.double().cpu() - target.double().cpu()).abs().mean((1, 2, 3))
+        index = family.cpu().long() % (len(FAMILIES) + 1)
+        self.sums.index_add_(0, index, torch.stack([error, torch.ones_like(error)], 1))
+
+    def gather(self, process):
+        """Add up all processes' sums."""
+        self.sums = process.sum(
+            self.sums.to(process.device if process.device.type == "cuda" else "cpu")
+        ).cpu()
+        return self
+
+    def result(self):
+        """{family: (MAE m/s, samples)} of the families seen, and "all" over every sample."""
+        rows = {
+            name: (total / n, int(n))
+            for name, (total, n) in zip((*FAMILIES, "unknown"), self.sums.tolist(), strict=True)
+            if n
+        }
+        total, n = self.sums.sum(0).tolist()
+        return {**rows, "all": (total / n if n else math.nan, int(n))}
+
+
+def score_table(result, reference=None, reference_name="mean map"):
+    """Rows of a score, beside a reference score: one string."""
+    lines = [f"{'family':<14}{'samples':>8}{'MAE m/s':>10}"]
+    if reference:
+        lines[0] += f"{reference_name:>12}{'ratio':>8}"
+    for name, (mae, n) in result.items():
+        line = f"{name:<14}{n:>8}{mae:>10.2f}"
+        if reference:
+            line += f"{reference[name][0]:>12.2f}{mae / reference[name][0]:>8.3f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def pyplot():
+    """matplotlib's pyplot without a screen; None, said in one line, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: matplotlib is not installed (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
+    """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
+    if values is None:
+        ax.axis("off")
+        return
+    extent = (0, dx_m * values.shape[1], dx_m * values.shape[0], 0)
+    image = ax.imshow(values, extent=extent, cmap=cmap, vmin=vmin, vmax=vmax)
+    ax.set(title=title, xlabel="x (m)", ylabel="depth (m)")
+    fig.colorbar(image, ax=ax, label="m/s")
+
+
+def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
+    """Draw gather, truth, prediction and error (prediction − truth), a row a sample, into `path`.
+
+    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s.
+    """
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, axes = plt.subplots(len(rows), 4, figsize=(13, 2.9 * len(rows)), squeeze=False, layout="constrained")
+    for ax, (title, seis, truth, prediction) in zip(axes, rows, strict=True):
+        gather = np.asarray(seis[len(seis) // 2], np.float32)
+        low, high = np.percentile(gather, (5, 95))
+        width_m = dx_m * gather.shape[1]
+        ax[0].imshow(gather, cmap="gray", vmin=low, vmax=high, aspect="auto",
+                     extent=(0, width_m, dt_s * len(gather), 0))  # fmt: skip
+        ax[0].set(title=f"{title}: centre shot", xlabel="receiver (m)", ylabel="time (s)")
+        _draw_map(fig, ax[1], "truth", truth)
+        _draw_map(fig, ax[2], "prediction", prediction)
+        if truth is not None:
+            error = prediction - truth
+            title = f"error, MAE {np.abs(error).mean():.0f} m/s"
+            limit = max(float(np.abs(error).max()), 1.0)
+            _draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        else:
+            ax[3].axis("off")
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    plt.close(fig)
