@@ -1,0 +1,280 @@
+"""Measure the project's parts: `python bench.py wave [--maps FILE] [--batch=1,8] [--json FILE]`.
+
+Contenders take turns within one run, so that other load on the machine meets all alike; compare the ratios of
+their medians rather than seconds from different runs.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import wave_engine
+
+
+def reference_simulate(vel, acquisition=wave.OPENFWI, periodic=True):
+    """The scheme of wave.py, written the obvious way: (B, Z, X) m/s -> (B, S, T, R).
+
+    periodic=False puts zeros beyond the grid instead of its other side: wrong for OpenFWI's data.
+    """
+    acq, pad, (nz, nx) = acquisition, acquisition.n_pad, vel.shape[-2:]
+    v_min = vel.amin((-2, -1))[:, None]
+    d = v_min * acq.damping_per_velocity().to(vel) * acq.dt_s  # (B, pad), from the map outwards
+    sides = [torch.cat([d.flip(1), d.new_zeros(len(d), n), d], 1) for n in (nz, nx)]
+    inside = F.pad(torch.ones(nx, dtype=torch.bool, device=vel.device), (pad, pad))
+    kappa = torch.where(inside, sides[0][:, :, None], sides[1][:, None, :])[:, None]
+    alpha = (F.pad(vel[:, None], (pad,) * 4, mode="replicate") * acq.dt_s / acq.dx_m) ** 2
+    source = torch.tensor(acq.sources, device=vel.device)
+    gain = (vel[:, acq.source_row, source] * acq.dt_s) ** 2  # (B, S)
+    wavelet = wave.ricker(acq.n_samples, vel.dtype, acq).to(vel.device)
+    shot = torch.arange(len(source), device=vel.device)
+    p = p_old = vel.new_zeros(len(vel), len(source), *alpha.shape[-2:])
+    gather = []
+    for n in range(acq.n_samples):
+        around = F.pad(p, (2,) * 4, mode="circular" if periodic else "constant")
+        lap = 0
+        for shift, weight in ((1, 4 / 3), (2, -1 / 12)):
+            for z, x in ((-shift, 0), (shift, 0), (0, -shift), (0, shift)):
+                lap = lap + weight * (around[..., 2 + z : 2 + z + p.shape[2], 2 + x : 2 + x + p.shape[3]] - p)
+        p_old, p = p, p + ((1 - kappa) * (p - p_old) + alpha * lap)
+        p[:, shot, pad + acq.source_row, pad + source] += gain * wavelet[n]
+        gather.append(p[:, :, pad + acq.receiver_row, pad : pad + nx])
+    seis = torch.stack(gather, 2)
+    return seis if acq.receivers is None else seis[..., torch.tensor(acq.receivers, device=vel.device)]
+
+
+def deepwave_simulate(vel, acquisition=wave.OPENFWI):
+    """The nearest that deepwave comes, 0.2-3 % off: (B, Z, X) m/s -> (B, S, T, R).
+
+    A call per map: several maps in one call need a copy of the map for every shot, which takes it longer.
+    """
+    import deepwave
+
+    acq, n_shots = acquisition, len(acquisition.sources)
+    wavelet = wave.ricker(acq.n_samples, vel.dtype, acq).to(vel.device).expand(n_shots, 1, -1)
+    receivers = [[[acq.receiver_row, x] for x in acq.receivers or range(vel.shape[-1])]]
+    options = {
+        "source_amplitudes": wavelet,
+        "source_locations": torch.tensor([[[acq.source_row, x]] for x in acq.sources], device=vel.device),
+        "receiver_locations": torch.tensor(receivers, device=vel.device).expand(n_shots, -1, -1),
+        "accuracy": 4,
+        "pml_width": 20,
+        "pml_freq": acq.peak_hz,
+    }
+    seis = torch.stack([deepwave.scalar(v, acq.dx_m, acq.dt_s, **options)[-1] for v in vel])
+    return -F.pad(seis[..., 1:], (0, 1)).transpose(2, 3)  # negated, and recorded one sample later
+
+
+def with_gradient(simulate):
+    def run(vel):
+        vel = vel.clone().requires_grad_()
+        simulate(vel).square().sum().backward()
+
+    return run
+
+
+def two_maps(path):
+    """The slowest and the fastest map of an .npy or .npz file, or two layered ones: {name: (Z, X) m/s}."""
+    if path is None:
+        layers = {"low": (1500, 1700, 1900, 2100, 2300), "high": (1500, 2200, 3000, 3800, 4500)}
+        return {
+            name: torch.tensor(v).float().repeat_interleave(14)[:, None].expand(70, 70)
+            for name, v in layers.items()
+        }
+    loaded = np.load(path)
+    maps = (
+        np.concatenate([loaded[k] for k in loaded.files if loaded[k].ndim > 2])
+        if path.endswith("npz")
+        else loaded
+    )
+    fastest = maps.reshape(len(maps), -1).max(1)
+    return {
+        name: torch.from_numpy(maps[i]).float().reshape(maps.shape[-2:])
+        for name, i in (("low", fastest.argmin()), ("high", fastest.argmax()))
+    }
+
+
+def seconds(run, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_mib(run, device):
+    """Memory that a call takes beyond what is held before it; None where the system does not tell."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+    def kib(name):
+        return next(
+            int(s.split()[1])
+            for s in Path("/proc/self/status").read_text().splitlines()
+            if s.startswith(name)
+        )
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but held would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        held = kib("VmRSS")
+    except (OSError, AttributeError):  # not Linux with glibc
+        return None
+    run()
+    return (kib("VmHWM") - held) / 1024
+
+
+def memory_bandwidth(device):
+    """Bytes per second read and written by copying 256 MiB."""
+    a = torch.zeros(2**26, device=device)
+    b = torch.zeros_like(a)
+    return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), device) for _ in range(7))
+
+
+def active_updates(vel, acquisition=wave.OPENFWI):
+    """Cell updates of a map's shots: those wave.py makes, and those of the full grid."""
+    nz, nx = (n + 2 * acquisition.n_pad for n in vel.shape)
+    steps = np.minimum(
+        acquisition.n_samples - np.arange(0, acquisition.n_samples, wave_engine.BLOCK), wave_engine.BLOCK
+    )
+    fastest = int(np.ceil(vel.max().item() / 50) * 50)
+    made = 0
+    for source in acquisition.sources:
+        windows, _ = wave_engine.windows_of(
+            acquisition, nz, nx, source + acquisition.n_pad, fastest, wave_engine.MARGIN
+        )
+        made += ((windows[..., 1] - windows[..., 0]).sum(1) * steps).sum().item()
+    return made, nz * nx * acquisition.n_samples * len(acquisition.sources)
+
+
+def bench_wave(args):
+    device = torch.device(args.device)
+    start = time.perf_counter()
+    if device.type == "cpu":
+        wave_engine.compiled()
+    compile_s = time.perf_counter() - start
+    contenders = {"ours": wave.simulate, "plain": reference_simulate}
+    try:
+        import deepwave  # noqa: F401
+
+        contenders["deepwave"] = deepwave_simulate
+    except ImportError:
+        print("deepwave is not installed (pip install deepwave): its rows are left out")
+    bandwidth = memory_bandwidth(device)
+    processor = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}", end=", ")
+    print(f"copies {bandwidth / 1e9:.1f} GB/s, kernel compiled in {compile_s:.1f} s")
+    print("s per map of 5 shots x 1000 samples, median; x: of deepwave's, or else of the plain loop's")
+    print(
+        f"{'map':5} {'batch':>5} {'pass':8} {'who':9} {'s/map':>8} {'x':>6} {'Gcells/s':>10} {'B/update':>8}",
+        end="",
+    )
+    print(f" {'of copy':>7} {'MiB':>7}")
+    rows = []
+    for name, vel in two_maps(args.maps).items():
+        made, full = active_updates(vel)
+        for batch in args.batch:
+            vels = vel.to(device).expand(batch, -1, -1).contiguous()
+            for gradient in (False, True):
+                rows += compare(contenders, vels, gradient, args.repeats, made, full, bandwidth, name)
+    if args.json:
+        result = {"device": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        result |= {"copy_bytes_per_s": bandwidth, "compile_s": compile_s, "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
+def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
+    """Time the contenders by turns on one batch; print and return a row for each."""
+    runs, took, rows = {}, {}, []
+    for who, simulate in contenders.items():
+        if who == "plain" and (gradient or len(vels) > 1):
+            continue  # its graph would take tens of GiB, a batch no less time per map
+        run = with_gradient(simulate) if gradient else simulate
+        runs[who], took[who] = (lambda run=run: run(vels)), []
+        if who != "plain":
+            runs[who]()  # warm up
+    for repeat in range(repeats):
+        for who, run in runs.items():
+            if who != "plain" or repeat == 0:
+                took[who].append(seconds(run, vels.device) / len(vels))
+    medians = {who: statistics.median(t) for who, t in took.items()}
+    base = medians.get("deepwave", medians.get("plain", medians["ours"]))
+    for who, run in runs.items():
+        row = {"map": name, "v_max": vels.max().item(), "batch": len(vels), "gradient": gradient, "who": who}
+        row |= {"s_per_map": medians[who], "ratio": medians[who] / base, "all_s_per_map": took[who]}
+        row |= {"peak_mib": None if who == "plain" else peak_mib(run, vels.device)}
+        text = f"{name:5} {len(vels):5} {'gradient' if gradient else 'forward':8} {who:9} {medians[who]:8.4f}"
+        text += f" {row['ratio']:6.2f}"
+        if who != "deepwave":  # whose grid and algorithm differ
+            updates = (made if who == "ours" else full) * (
+                3 if gradient else 1
+            )  # forward twice, adjoint once
+            n_bytes = 16  # read p, p_old, alpha; write p_old: if each came from memory
+            row |= {"updates_per_s": updates / medians[who], "share_of_grid": updates / full}
+            row |= {"bytes_per_update": n_bytes, "share_of_copy": n_bytes * row["updates_per_s"] / bandwidth}
+            text += f" {row['updates_per_s'] / 1e9:10.2f} {n_bytes:8} {row['share_of_copy']:7.2f}"
+        else:
+            text += f" {'-':>10} {'-':>8} {'-':>7}"
+        print(
+            text + (f" {row['peak_mib']:7.0f}" if row["peak_mib"] is not None else f" {'-':>7}"), flush=True
+        )
+        rows.append(row)
+    return rows
+
+
+def soak(n_maps, device, batch=20):
+    """Simulate n_maps random layered maps in a loop and print the memory in use."""
+    generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    for done in range(0, n_maps, batch):
+        layers = 1500 + 3000 * torch.rand(batch, 7, generator=generator)
+        seis = wave.simulate(layers.repeat_interleave(10, 1)[:, :, None].expand(-1, -1, 70).to(device))
+        assert seis.isfinite().all()
+        if done % max(batch, n_maps // 10 // batch * batch) == 0 or done + batch >= n_maps:
+            mib = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+            print(
+                f"{done + batch:6} maps {time.perf_counter() - start:7.1f} s  {mib:7.1f} MiB resident",
+                flush=True,
+            )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    sub = what.add_parser("wave", help="simulation and its gradient against the plain loop and deepwave")
+    sub.add_argument(
+        "--maps", metavar="FILE", help=".npy or .npz of velocity maps; default: two layered ones"
+    )
+    sub.add_argument("--batch", type=lambda s: [int(b) for b in s.split(",")], default=[1, 8], metavar="1,8")
+    sub.add_argument("--repeats", type=int, default=5)
+    sub.add_argument("--threads", type=int, default=torch.get_num_threads())
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sub.add_argument(
+        "--soak", type=int, metavar="N", help="instead simulate N maps in a loop and watch the memory"
+    )
+    sub.add_argument("--json", metavar="FILE", help="write every number there")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.soak:
+        soak(args.soak, args.device)
+    else:
+        bench_wave(args)
+
+
+if __name__ == "__main__":
+    main()
