@@ -1,0 +1,458 @@
+"""synth.py: maps against real ones, file layout, resuming, bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import wave
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import synth
+from utils import FAMILIES
+
+# The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
+KILLED_AFTER = """
+import os, signal, sys, torch, synth, wave
+torch.set_num_threads(1)
+synth.BATCH, left, simulate = 1, int(sys.argv[1]), wave.simulate
+def counted(*args, **options):
+    global left
+    left -= 1
+    return simulate(*args, **options) if left >= 0 else os.kill(os.getpid(), signal.SIGKILL)
+wave.simulate = counted
+synth.main(sys.argv[2:])
+"""
+
+
+def stand_in(vel, n_samples):
+    """Cheap gathers that tell maps apart, for tests of the files alone."""
+    assert vel.shape[1:] == (1, 70, 70)
+    assert not torch.is_grad_enabled()
+    return vel.mean((2, 3))[:, :, None, None].expand(-1, 5, n_samples, 70) / 100
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    monkeypatch.setattr(synth.wave, "simulate", stand_in)
+
+
+# ---------------------------------------------------------------- maps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_map_depends_on_family_seed_and_number_alone(family):
+    maps = synth.make_maps(family, 12, seed=3)
+    assert maps.shape == (12, 1, 70, 70)
+    assert maps.dtype == np.float32
+    assert len(np.unique(maps.reshape(12, -1), axis=0)) == 12
+    chunks = [synth.make_maps(family, n, 3, start) for start, n in ((0, 5), (5, 1), (6, 6))]
+    np.testing.assert_array_equal(np.concatenate(chunks), maps)
+    assert (synth.make_maps(family, 12, seed=4) != maps).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_range_and_whole_numbers(family):
+    maps = synth.make_maps(family, 200, seed=0)
+    assert maps.min() >= 1500
+    assert maps.max() <= 4500
+    broken = (maps != np.round(maps)).mean()
+    if family.startswith("Style"):
+        assert broken > 0.9
+    elif family.endswith("Fault_A"):
+        assert 0.05 < broken < 0.25  # soft edges
+    else:
+        assert broken == 0
+
+
+def test_a_deepens_and_b_does_not():
+    for family in ("FlatVel", "CurveVel"):
+        assert (np.diff(synth.make_maps(f"{family}_A", 100, 0), axis=2) >= 0).all()
+        assert (np.diff(synth.make_maps(f"{family}_B", 100, 0), axis=2) < 0).any((1, 2, 3)).mean() > 0.8
+    assert (np.ptp(synth.make_maps("FlatVel_B", 50, 0), axis=3) == 0).all()
+    for version in "AB":
+        trend = synth.make_maps(f"Style_{version}", 100, 0).mean((0, 1, 3))
+        assert (np.diff(trend[::10]) > 200).all()  # 30-40 m/s a cell
+
+
+def test_all_families_together_have_openfwis_mean_and_spread():
+    maps = np.stack([synth.make_maps(f, 200, 1) for f in FAMILIES])
+    assert abs(maps.mean() - 2941) < 60
+    assert abs(maps.std() - 814) < 40
+
+
+@pytest.mark.parametrize(("family", "layers"), [("FlatFault_B", 6), ("FlatFault_B", 8), ("CurveFault_B", 7)])
+def test_sharp_fault_maps_have_the_layers_asked_for(family, layers):
+    n = [len(np.unique(m)) for m in synth.make_maps(family, 60, 0, layers=layers)]
+    assert max(n) == layers
+    assert np.mean(np.equal(n, layers)) > 0.8  # slips can push one out of sight
+
+
+# ---------------------------------------------------------------- against real maps
+
+# Bounds of the tests below at a significance of 0.1 %: chi-square by its degrees of freedom;
+# Kolmogorov-Smirnov by 1.95 √((n + m) / nm).
+CHI2 = {4: 18.5, 5: 20.5}
+N_REAL, N_SYNTH = 1000, 4000
+Features = namedtuple("Features", "layers velocity interfaces steps")
+
+
+def real_maps(shared_data, family):
+    with np.load(shared_data / "maps" / f"{family}.npz") as maps:
+        return np.concatenate([maps["model1"], maps["model2"]])
+
+
+def features(maps):
+    """Histogram of layers a map; of the first column every tenth velocity, first interface and next step."""
+    layers = np.array([min(max(len(np.unique(m)), 3), 8) for m in maps])
+    column = maps[:, 0, :, 0]
+    edges = [np.flatnonzero(np.diff(c)) + 1 for c in column]
+    first = np.array([e[0] for e in edges if len(e) > 1])
+    steps = np.array([e[1] - e[0] for e in edges if len(e) > 1])
+    return Features(np.bincount(layers, minlength=9)[3:], column[:, ::10], first, steps)
+
+
+def chi_square(a, b):
+    """Two-sample chi-square of histograms."""
+    n, m = a.sum(), b.sum()
+    return ((np.sqrt(m / n) * a - np.sqrt(n / m) * b) ** 2 / (a + b)).sum()
+
+
+def ks_excess(a, b):
+    """Two-sample Kolmogorov-Smirnov distance over its bound at 0.1 %."""
+    grid = np.union1d(a, b)
+    cdf = [np.searchsorted(np.sort(s), grid, side="right") / len(s) for s in (a, b)]
+    return np.abs(cdf[0] - cdf[1]).max() / (1.95 * np.sqrt(1 / len(a) + 1 / len(b)))
+
+
+def disagreements(real, made):
+    """Names of the statistics in which two sets of maps differ beyond sampling error."""
+    a, b = features(real), features(made)
+    found = ["layers"] if chi_square(a.layers, b.layers) > CHI2[5] else []
+    found += [f"velocity at row {10 * i}" for i in range(7) if ks_excess(a[1][:, i], b[1][:, i]) > 1]
+    return found + [
+        name for name in ("interfaces", "steps") if ks_excess(getattr(a, name), getattr(b, name)) > 1
+    ]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", ["FlatVel_A", "CurveVel_A"])
+def test_vel_families_agree_with_real_maps_within_sampling_error(shared_data, family):
+    real, made = real_maps(shared_data, family), synth.make_maps(family, N_SYNTH, 0)
+    assert disagreements(real, made) == []
+    assert disagreements(real[..., ::-1], made[..., ::-1]) == []  # the last column
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", ["FlatVel_A", "CurveVel_A"])
+def test_wrong_maps_fail_that_comparison(shared_data, family):
+    real, made = real_maps(shared_data, family), synth.make_maps(family, N_SYNTH, 0)
+    lower = np.concatenate([made[:, :, :1], made[:, :, :-1]], axis=2)  # one cell deeper
+    assert "interfaces" in disagreements(real, lower)
+    assert any("velocity" in d for d in disagreements(real, made + 80))
+    few = made[[len(np.unique(m)) < 7 for m in made]]
+    assert "layers" in disagreements(real, few)
+    assert "steps" in disagreements(real, made[:, :, np.arange(70) * 34 // 35])
+
+
+@pytest.mark.realdata
+def test_real_curved_interfaces_lie_on_the_spline(shared_data):
+    with np.load(shared_data / "maps" / "CurveVel_A.npz") as maps:
+        real = maps["model1"][:, 0]
+    depths = np.concatenate([[(m <= v).sum(0) for v in np.unique(m)[:-1]] for m in real])
+    depths = depths[(depths > 0).all(1) & (depths < 70).all(1)]
+
+    def residual(matrix):
+        """Root mean square beyond what rounding leaves after eight free numbers, in cells."""
+        q, _ = np.linalg.qr(matrix)
+        return np.sqrt(((depths - depths @ q @ q.T) ** 2).mean()) - np.sqrt(62 / 70 / 12)
+
+    assert len(depths) > 1000
+    assert abs(residual(synth.SPLINE)) < 0.005
+    assert residual(np.vander(np.linspace(-1, 1, 70), 8)) > 0.5  # polynomials do not fit
+
+
+@pytest.mark.realdata
+def test_flat_faults_come_near_the_real_ones(shared_data):
+    with np.load(shared_data / "maps" / "FlatFault_A.npz") as maps:
+        real = maps["model11"][:, 0]
+    made = synth.make_maps("FlatFault_A", 500, 0, layers=4)[:, 0]
+    rows = [[np.quantile(m[:, z], (0.1, 0.5, 0.9)) for z in range(0, 70, 10)] for m in (real, made)]
+    assert np.abs(np.subtract(*rows)).max() < 250  # m/s; sampling error of a quantile: about 50
+    assert abs(real.mean() - made.mean()) < 60
+    for axis in (1, 2):  # how much of a map is edge
+        edge = [(np.abs(np.diff(m, axis=axis)) > 20).mean() for m in (real, made)]
+        assert 0.7 < edge[1] / edge[0] < 1.3
+    soft = [(m != np.round(m)).mean() for m in (real, made)]
+    assert abs(soft[0] - soft[1]) < 0.06
+    assert (
+        abs(real.mean() - synth.make_maps("FlatVel_A", 500, 0).mean()) > 100
+    )  # another family does not pass
+
+
+# ---------------------------------------------------------------- files
+
+
+def files(folder):
+    """Every file below a folder: relative name -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_names_shapes_and_types_are_openfwis(tmp_path, cheap):
+    synth.write_dataset(tmp_path, FAMILIES, 5, seed=1, per_file=3)
+    names = {"synth.json"}
+    for family in FAMILIES:
+        if "Fault" in family:
+            kinds = (2, 3, 4) if family.endswith("A") else (6, 7, 8)
+            names |= {f"{family}/{what}{k}_1_0.npy" for what in ("seis", "vel") for k in kinds}
+        else:
+            names |= {f"{family}/{w}/{w}{i}.npy" for w in ("data", "model") for i in (1, 2)}
+    assert set(files(tmp_path)) == names
+    for family in FAMILIES:
+        seis = sorted((tmp_path / family).glob("**/seis*")) or sorted((tmp_path / family).glob("data/*"))
+        total = 0
+        for path in seis:
+            vel = str(path).replace("seis", "vel").replace(f"{family}/data/data", f"{family}/model/model")
+            gathers, maps = np.load(path), np.load(vel)
+            assert gathers.shape == (len(maps), 5, 1000, 70)
+            assert maps.shape[1:] == (1, 70, 70)
+            assert gathers.dtype == maps.dtype == np.float32
+            np.testing.assert_allclose(gathers[:, 0, 0, 0], maps.mean((1, 2, 3)) / 100, rtol=1e-5)
+            total += len(maps)
+        assert total == 5
+
+
+def test_fault_files_hold_the_layers_of_their_name(tmp_path, cheap):
+    synth.write_dataset(tmp_path, ["FlatFault_B"], 24, seed=0, per_file=4)
+    found = {p.name for p in (tmp_path / "FlatFault_B").glob("vel*")}
+    assert found == {f"vel{k}_1_{m}.npy" for k in (6, 7, 8) for m in (0, 1)}
+    for name in found:
+        assert max(len(np.unique(m)) for m in np.load(tmp_path / "FlatFault_B" / name)) == int(name[3])
+
+
+def test_files_are_those_numpy_would_write(tmp_path, cheap):
+    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    path = tmp_path / "FlatVel_A" / "data" / "data1.npy"
+    np.save(tmp_path / "again.npy", np.load(path))
+    assert path.read_bytes() == (tmp_path / "again.npy").read_bytes()
+
+
+def test_batches_do_not_change_what_is_written(tmp_path, cheap):
+    n = 2 * synth.BATCH + 3  # the last batch is not full
+    synth.write_dataset(tmp_path, ["Style_A"], n, seed=0)
+    maps = synth.make_maps("Style_A", n, 0)
+    np.testing.assert_array_equal(np.load(tmp_path / "Style_A/model/model1.npy"), maps)
+    expected = torch.no_grad()(stand_in)(torch.from_numpy(maps), 1000)
+    np.testing.assert_allclose(np.load(tmp_path / "Style_A/data/data1.npy"), expected, rtol=1e-6)
+
+
+def write_three(out, n_simulations):
+    """Three maps by a process of its own that is killed after `n_simulations`; returns its exit status."""
+    options = [f"--out={out}", "--families=CurveVel_A", "--n_per_family=3", "--dtype=float16", "--device=cpu"]
+    command = [sys.executable, "-c", KILLED_AFTER, str(n_simulations), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode
+
+
+def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert write_three(whole, 3) == 0
+    seis = np.load(whole / "CurveVel_A/data/data1.npy")
+    assert seis.dtype == np.float16
+    maps = torch.from_numpy(np.load(whole / "CurveVel_A/model/model1.npy"))
+    np.testing.assert_allclose(seis[:1], wave.simulate(maps[:1]), rtol=1e-3, atol=1e-3)
+
+    assert write_three(broken, 2) == -signal.SIGKILL
+    assert not [name for name in files(broken) if name.endswith(".npy")]  # no half pair in sight
+    assert write_three(broken, 1) == -signal.SIGKILL  # again: the first map is kept, the second made anew
+    assert write_three(broken, 2) == 0  # begun anew it would take three
+    assert files(broken) == files(whole)
+
+
+@pytest.mark.parametrize(
+    "kept", [0, 50, 128, 128 + 1_400_000, 128 + 1_400_000 * 19 // 2, 128 + 1_400_000 * 18]
+)
+def test_any_leftover_length_is_continued_to_the_same_bytes(tmp_path, cheap, kept):
+    synth.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
+    whole = files(tmp_path)
+    path = tmp_path / "FlatVel_B/data/data1.npy"
+    path.with_name("data1.npy.part").write_bytes(path.read_bytes()[:kept])
+    path.unlink()
+    synth.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
+    assert files(tmp_path) == whole
+
+
+def test_finished_files_are_left_alone_and_families_can_be_added(tmp_path, cheap):
+    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    path = tmp_path / "FlatVel_A/data/data1.npy"
+    before = path.stat().st_mtime_ns
+    synth.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
+    assert path.stat().st_mtime_ns == before
+    assert set(json.loads((tmp_path / "synth.json").read_text())) == {"FlatVel_A", "FlatVel_B"}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"n_per_family": 3}, {"dtype": "float16"}, {"per_file": 1}])
+def test_leftover_of_another_configuration_is_refused_with_the_difference(tmp_path, cheap, change):
+    options = {"n_per_family": 2, "seed": 0, "dtype": "float32", "per_file": 500}
+    synth.write_dataset(tmp_path, ["FlatVel_A"], **options)
+    before = files(tmp_path)
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} was {options[name]}, now {value}"):
+        synth.write_dataset(tmp_path, ["FlatVel_A"], **(options | change))
+    assert files(tmp_path) == before
+
+
+def test_one_family_in_the_way_stops_all_before_any_is_noted(tmp_path, cheap):
+    synth.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="FlatVel_B was begun otherwise"):
+        synth.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
+    assert files(tmp_path) == before
+    (tmp_path / "synth.json").write_text("{")
+    with pytest.raises(ValueError, match=r"synth\.json: not JSON"):
+        synth.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["model/model1.npy", "data/data1.npy", "data/data1.npy.part"])
+def test_files_of_others_are_never_touched(tmp_path, cheap, name):
+    path = tmp_path / "FlatVel_A" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=f"{name}: there already, not from synth.py; choose another"):
+        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    assert files(tmp_path) == {f"FlatVel_A/{name}": b"theirs"}
+
+
+# ---------------------------------------------------------------- given maps
+
+
+def test_given_npz_keeps_its_numbers_and_takes_a_part(tmp_path, cheap):
+    maps = {f"model{k}": synth.make_maps("CurveVel_A", 4, k) for k in (1, 2, 11)}
+    np.savez(tmp_path / "CurveVel_A.npz", **maps)
+    synth.write_given(tmp_path / "out", tmp_path / "CurveVel_A.npz", keys=["model11", "model2"], n_per_file=3)
+    folder = tmp_path / "out" / "CurveVel_A"
+    assert {p.name for p in folder.rglob("*.npy")} == {"data2.npy", "data11.npy", "model2.npy", "model11.npy"}
+    np.testing.assert_array_equal(np.load(folder / "model" / "model11.npy"), maps["model11"][:3])
+    assert np.load(folder / "data" / "data2.npy").shape == (3, 5, 1000, 70)
+
+
+def test_given_npy_is_cut_into_files(tmp_path, cheap):
+    maps = synth.make_maps("Style_B", 5, 0)
+    np.save(tmp_path / "mine.npy", maps[:, 0].astype(np.float64))
+    synth.main(
+        [f"--out={tmp_path / 'o'}", f"--maps={tmp_path / 'mine.npy'}", "--families=Style_B", "--per_file=2"]
+    )
+    parts = [np.load(tmp_path / f"o/Style_B/model/model{k}.npy") for k in (1, 2, 3)]
+    np.testing.assert_array_equal(np.concatenate(parts), maps)
+
+
+GIVEN_ERRORS = {
+    "shape": (np.full((2, 70, 69), 3000.0), r"shape \(2, 70, 69\), expected \(n, 1, 70, 70\)"),
+    "number": (np.float64(3000), r"shape \(\), expected"),
+    "empty": (np.full((0, 70, 70), 3000.0), r"shape \(0, 70, 70\)"),
+    "nan": (np.where(np.eye(70), np.nan, 3000.0)[None], "not finite"),
+    "text": (np.full((2, 70, 70), "3000"), "dtype <U4"),
+    "km/s": (np.full((2, 70, 70), 3.0), "multiply km/s by 1000"),
+    "scaled": (
+        np.full((2, 70, 70), -0.5),
+        r"values -0\.5 to -0\.5, expected within \(1000\.0, 5500\.0\) m/s",
+    ),
+    "fast": (np.full((2, 70, 70), 7000.0), "give velocities in m/s"),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN_ERRORS)
+def test_given_maps_that_are_no_velocities_are_refused_before_anything_is_written(tmp_path, what):
+    maps, message = GIVEN_ERRORS[what]
+    np.save(tmp_path / "FlatVel_A.npy", maps)
+    with pytest.raises(ValueError, match=message):
+        synth.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npy")
+    np.savez(tmp_path / "FlatVel_A.npz", model1=np.full((1, 70, 70), 3000.0), model2=maps)
+    with pytest.raises(ValueError, match=f"model2: .*{message}"):
+        synth.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npz")
+    assert not (tmp_path / "out").exists()
+
+
+def test_given_files_that_cannot_be_used_are_refused(tmp_path):
+    maps = np.full((2, 70, 70), 3000.0)
+    np.save(tmp_path / "FlatVel_A.npy", maps)
+    np.save(tmp_path / "mine.npy", maps)
+    np.savez(tmp_path / "FlatVel_A.npz", model1=maps, notes=maps)
+    (tmp_path / "Style_A.npy").write_bytes((tmp_path / "mine.npy").read_bytes()[:1000])
+    (tmp_path / "Style_A.npz").write_bytes((tmp_path / "FlatVel_A.npz").read_bytes()[:1000])
+    for name, options, message in (
+        ("gone.npy", {}, "no such file"),
+        ("mine.npy", {}, "its name is no family; rename it or add --families"),
+        ("mine.npy", {"family": "FlatVel"}, "unknown family 'FlatVel'; did you mean FlatVel_"),
+        ("FlatVel_A.npy", {"keys": ["model1"]}, "--keys is for .npz files"),
+        ("FlatVel_A.npy", {"n_per_file": 0}, "n_per_file = 0; expected at least 1"),
+        ("FlatVel_A.npz", {}, "no maps 'notes'"),
+        ("FlatVel_A.npz", {"keys": ["model3"]}, "no maps 'model3'; it holds model1, notes"),
+        ("Style_A.npy", {}, "not a whole .npy or .npz"),
+        ("Style_A.npz", {}, "not a whole .npy or .npz"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            synth.write_given(tmp_path / "out", tmp_path / name, **options)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to do"),
+        (["--out=o"], "say --n_per_family=N, or --maps=FILE"),
+        (["--out=o", "--n_per_family=2", "--keys=model1"], "go with --maps"),
+        (["--out=o", "--n_per_family=0"], "n_per_family and per_file of at least 1"),
+        (["--out=o", "--n_per_family=2", "--per_file=0"], "at least 1"),
+        (["--out=o", "--n_per_family=2", "--seed=-1"], "seed of at least 0"),
+        (["--out=o", "--n_per_family=two"], "invalid int value"),
+        (["--out=o", "--n_per_family=2", "--families=FlatVel_A,CurvVel_A"], "did you mean CurveVel_A"),
+        (["--out=o", "--n_per_famly=2"], "unknown option --n_per_famly; did you mean --n_per_family"),
+        (["--out=o", "--maps=m.npy", "--n_per_family=2"], "no --n_per_family"),
+        (["--out=o", "--maps=m.npy", "--families=Style_A,Style_B"], "at most one of --families"),
+    ],
+)
+def test_command_line_mistakes_are_named(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        synth.main(options)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, refuses):
+    words = ("CurvVel_A", "did you mean CurveVel_A?")
+    refuses(synth.main, f"--out={tmp_path / 'o'}", "--families=CurvVel_A", "--n_per_family=2", words=words)
+    (tmp_path / "file").write_text("")
+    refuses(synth.main, f"--out={tmp_path / 'file' / 'o'}", "--n_per_family=2", words=[tmp_path / "file"])
+
+
+def test_make_maps_refuses_what_it_cannot_make():
+    for family, n, seed in (("FlatVel", 1, 0), ("FlatVel_A", 0, 0), ("FlatVel_A", 1, -1)):
+        with pytest.raises(ValueError, match="unknown family|at least"):
+            synth.make_maps(family, n, seed)
+
+
+def test_a_full_disk_is_named_before_any_work(tmp_path, cheap, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2 * 10**6))
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB, 0\.0 free; fewer maps or --dtype=float16"):
+        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    assert not files(tmp_path)
+    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0, dtype="float16")  # the remedy works
+
+
+def test_contact_sheet_is_drawn_or_says_why_not(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    synth.main([f"--figure={tmp_path / 'sheet.png'}"])
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    synth.main([f"--figure={tmp_path / 'none.png'}"])
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
