@@ -1,0 +1,222 @@
+"""Encoders of shot gathers: timm's ConvNeXts and MetaFormers (stems, norms, pretrained weights), and ours."""
+
+import math
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import huggingface_hub
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import constants as hub
+from safetensors import SafetensorError
+from timm.layers import LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+
+N_SOURCES = 5
+
+
+class Float32Sequential(nn.Sequential):
+    """Runs in float32 under autocast: two stem convolutions without a norm between them multiply the
+    gather's range (200 and more) by the square of their weights' size, beyond float16's 65504."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def _convnext_stem(backbone, mode):
+    """Two stem convolutions on any mode's input -> (B, C, 72, 72), the second tiled from the first."""
+    pad_t, pad_r, stride1, stride2 = {
+        "full": (80, 1, 4, 4),  # 1000x70 -> 1160x72 -> 290x73 -> 72x72
+        "smart_256x72": (22, 0, 4, 1),  # 256x72 -> 300x72 -> 75x73 -> 72x72
+        "small_72x72": (3, 0, 1, 1),  # 72x72 -> 78x72 -> 75x73 -> 72x72
+    }[mode]
+    first = backbone.stem_0
+    first.stride, first.padding = (stride1, 1), (0, 2)
+    width, n_in = first.weight.shape[:2]
+    second = nn.Conv2d(width, width, 4, (stride2, 1), (0, 1))
+    second.weight.data = first.weight.data.repeat(1, math.ceil(width / n_in), 1, 1)[:, :width].clone()
+    second.bias.data = first.bias.data.clone()
+    backbone.stem_0 = Float32Sequential(nn.ReflectionPad2d((pad_r, pad_r, pad_t, pad_t)), first, second)
+
+
+def _metaformer_stem(backbone, mode):
+    """One stem convolution and a mean over time on any mode's input -> (B, C, 72, 72)."""
+    pad_t, pad_r, stride, pool = {
+        "full": (78, 4, 4, 4),  # 1000x70 -> 1156x70 -> 288x72 -> 72x72
+        "smart_256x72": (18, 3, 4, 1),  # 256x72 -> 292x72 -> 72x72
+        "small_72x72": (3, 3, 1, 1),  # 72x72 -> 78x72 -> 72x72
+    }[mode]
+    conv = backbone.stem.conv
+    conv.stride, conv.padding = (stride, 1), (0, pad_r)
+    backbone.stem = Float32Sequential(nn.ReflectionPad2d((0, 0, pad_t, pad_t)), backbone.stem)
+    backbone.stages_0.downsample = nn.AvgPool2d((pool, 1))
+
+
+STEMS = {"convnext": _convnext_stem, "caformer": _metaformer_stem, "convformer": _metaformer_stem}
+
+
+class InstanceNormLast(nn.InstanceNorm2d):
+    """Instance norm over all but batch and channels, of channels-last features or tokens: (B, ..., C)."""
+
+    def forward(self, x):
+        x = F.instance_norm(x.movedim(-1, 1), weight=self.weight, bias=self.bias, eps=self.eps)
+        return x.movedim(1, -1)
+
+
+def _instance_norm(name, child):
+    if isinstance(child, LayerNorm2d | RmsNorm2d | SimpleNorm2d):
+        return nn.InstanceNorm2d(len(child.weight), affine=True)
+    if isinstance(child, nn.LayerNorm | RmsNorm | SimpleNorm):
+        return InstanceNormLast(len(child.weight), affine=True)
+    return None
+
+
+def _gelu(name, child):
+    return nn.GELU() if name in ("act", "act1") else None
+
+
+def _replace(module, choose):
+    """Replace every descendant for which `choose(name, child)` gives a module."""
+    for name, child in module.named_children():
+        chosen = choose(name, child)
+        if chosen is None:
+            _replace(child, choose)
+        else:
+            setattr(module, name, chosen)
+
+
+OTHERWISE = "use --pretrained_file=PATH (timm weights, .safetensors or .pth) or --pretrained=false"
+
+
+def timm_encoder(cfg):
+    """A timm ConvNeXt or MetaFormer and the widths of its maps of 72, 36, 18 and 9 cells a side.
+
+    Raises ValueError for backbones of other kinds and for pretrained weights that cannot be had.
+    """
+    family = cfg.backbone.split("_")[0].removesuffix("v2")
+    if family not in STEMS or "_ols" in cfg.backbone or not timm.is_model(cfg.backbone):
+        raise ValueError(
+            f"--backbone={cfg.backbone}: expected a timm ConvNeXt, ConvNeXtV2 (not _ols), CAFormer "
+            "or ConvFormer, such as convnext_small, convnextv2_tiny, caformer_b36"
+        )
+    options = {"features_only": True, "in_chans": N_SOURCES, "drop_path_rate": cfg.drop_path}
+    try:
+        backbone = timm.create_model(cfg.backbone, **options, **_pretrained(cfg))
+    except (RuntimeError, OSError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"pretrained weights of {cfg.backbone}: {reason}; {OTHERWISE}") from error
+    STEMS[family](backbone, cfg.mode)
+    if cfg.norm == "instance":
+        _replace(backbone, _instance_norm)
+    if cfg.activation == "gelu":
+        _replace(backbone, _gelu)
+    return backbone, backbone.feature_info.channels()
+
+
+def _pretrained(cfg):
+    """Where timm finds ImageNet weights, as its arguments: a given file, the download cache, the network."""
+    if not cfg.pretrained:
+        return {}
+    path = cfg.pretrained_file
+    if path and not Path(path).is_file():
+        raise ValueError(f"--pretrained_file={path}: no such file; {OTHERWISE}")
+    if not path:
+        source = timm.get_pretrained_cfg(cfg.backbone)
+        if source is None or not source.hf_hub_id:
+            raise ValueError(f"--backbone={cfg.backbone}: timm has no pretrained weights of it; {OTHERWISE}")
+        path = huggingface_hub.try_to_load_from_cache(source.hf_hub_id, "model.safetensors")
+    if isinstance(path, str):
+        return {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
+    try:  # timm's own attempt takes a minute to give up
+        urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=5)
+    except HTTPError:
+        pass  # it answered
+    except OSError as error:
+        reason = f"{hub.ENDPOINT} cannot be reached"
+        raise ValueError(f"pretrained weights of {cfg.backbone}: {reason}; {OTHERWISE}") from error
+    return {"pretrained": True}
+
+
+# ---------------------------------------------------------------------------- ours
+
+
+def named(**modules):
+    return nn.Sequential(OrderedDict(modules))
+
+
+def conv_act(n_in, n_out, norm=nn.Identity, stride=1):
+    """3x3 convolution without bias, norm, ReLU."""
+    conv = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+    return named(conv=conv, norm=norm(n_out), act=nn.ReLU())
+
+
+class SeisEncoder(nn.Module):
+    """Our encoder: (B, 5, 1000, 70) -> maps of 36, 18, 9 and 5 cells a side.
+
+    One learned step makes the gather square, 28 samples by 2 receivers a cell. Most work is then done at 18
+    and 9 cells in plain convolutions, which CPUs run at full speed, and at 18 cells in `AxisMix`.
+    """
+
+    DEPTHS = (1, 2, 2, 2)
+
+    def __init__(self, width):
+        super().__init__()
+        self.widths = [width, 3 * width, 6 * width, 8 * width]
+        self.stem = named(
+            pad=nn.ZeroPad2d((1, 1, 4, 4)),  # 1000x70 -> 1008x72
+            conv=nn.Conv2d(N_SOURCES, width, (28, 2), (28, 2), bias=False),
+            norm=nn.BatchNorm2d(width),
+            act=nn.ReLU(),
+        )
+        self.stages = nn.ModuleList()
+        for n_in, n_out, depth in zip([0, *self.widths], self.widths, self.DEPTHS, strict=False):
+            down = [conv_act(n_in, n_out, nn.BatchNorm2d, stride=2)] if n_in else []
+            self.stages.append(nn.Sequential(*down, *(Residual(n_out) for _ in range(depth))))
+        self.stages[1].extend([AxisMix(self.widths[1], 18), AxisMix(self.widths[1], 18)])
+
+    def forward(self, seis):
+        x = self.stem(seis)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, at first adding nothing."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = conv_act(width, width, nn.BatchNorm2d)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return F.relu(x + self.norm(self.conv2(self.conv1(x))))
+
+
+class AxisMix(nn.Module):
+    """Mix along time and along receivers, alike in every channel: (B, C, n, n) -> (B, C, n, n).
+
+    Which time tells of which depth hangs on all the velocities above, so every time must see every other.
+    """
+
+    def __init__(self, width, n):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.time = nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n))
+        self.receivers = nn.Linear(n, n)
+        for last in (self.time[-1], self.receivers):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.time(y.mT).mT + self.receivers(y)

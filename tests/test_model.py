@@ -1,0 +1,398 @@
+"""Networks: public checkpoints fit, every option trains, bad combinations are refused."""
+
+import dataclasses
+import json
+from urllib.error import HTTPError
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import run_cli
+
+import encoder
+import model
+from cfg import Config
+from model import build_model, extra_loss, load_weights, predict_tta
+from utils import mirror_survey
+
+OURS = {
+    "arch": "seisnext",
+    "head": "perfect",
+    "decoder_norm": "batch",
+    "input_scaling": "signed_log",
+    "width": 8,
+}
+CAFORMER = {
+    **{"backbone": "caformer_s18", "norm": "layer", "activation": "original"},
+    **{"upsample": "pixelshuffle", "scse": True, "skip_convs": True},
+}
+
+
+def config(**options):
+    return dataclasses.replace(Config(), **{"backbone": "convnext_atto", "pretrained": False, **options})
+
+
+def network(seed=0, **options):
+    torch.manual_seed(seed)
+    return build_model(config(**options))
+
+
+def gathers(n=2, mode="full", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 10 * torch.randn(n, 5, *model.MODES[mode], generator=generator)
+
+
+def layered_maps(n=2):
+    """Maps of two layers, (n, 1, 70, 70) m/s."""
+    depth = torch.arange(70)[:, None].expand(70, 70)
+    return torch.stack([torch.where(depth < 20 + 20 * i, 1800.0 + 300 * i, 3500.0) for i in range(n)])[
+        :, None
+    ]
+
+
+@torch.no_grad()
+def fill_by_rule(net):
+    """The weights for which the public baseline's output is known."""
+    state = net.state_dict()
+    for i, key in enumerate(sorted(state)):
+        r = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(i))
+        if r.ndim >= 2:
+            r *= (r.shape[0] / r.numel()) ** 0.5
+        elif key.endswith("weight"):
+            r = 1 + 0.1 * r
+        else:
+            r = (0.5 if key.endswith("gamma") else 0) + 0.1 * r
+        state[key].copy_(r)
+    return net
+
+
+# ------------------------------------------------------------------ the public baselines
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("options", [{}, {"backbone": "convnext_small"}, CAFORMER])
+def test_keys_and_shapes_are_those_of_the_public_checkpoints(shared_data, options):
+    net = network(**options)
+    name = options.get("backbone", "convnext_atto")
+    public = json.loads((shared_data / "baseline" / f"keys_{name}.json").read_text())
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == public["keys"]
+    assert sum(p.numel() for p in net.parameters()) == public["parameters"]
+
+
+@pytest.mark.realdata
+def test_output_on_a_real_gather_is_the_baselines(shared_data):
+    net = fill_by_rule(network()).eval()
+    seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))[None].float()
+    golden = np.load(shared_data / "baseline" / "golden_convnext_atto.npz")
+    with torch.no_grad():
+        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() < 0.05
+        assert np.abs(predict_tta(net, seis)[0, 0].numpy() - golden["mirror_tta"]).max() < 0.05
+        layer_norm = network(norm="layer").eval()
+        load_weights(layer_norm, net.state_dict())
+        assert np.abs(layer_norm(seis)[0, 0].numpy() - golden["plain"]).max() > 50  # the norm matters
+
+
+# ------------------------------------------------------------------ every option trains
+
+ENCODERS = [
+    {"backbone": "convnext_atto"},
+    {"backbone": "convnextv2_atto", "norm": "layer"},
+    {"backbone": "caformer_s18", "norm": "layer", "activation": "original"},
+    {"backbone": "convformer_s18"},
+]
+DECODERS = [
+    {"upsample": "pixelshuffle", "scse": True},
+    {"upsample": "nearest", "skip_convs": True, "decoder_norm": "instance"},
+    {"decoder_norm": "batch", "drop_path": 0.2, "bounded": True},
+    {"head": "perfect", "out_level": 1, "input_scaling": "signed_log"},
+    {"head": "perfect", "out_level": 2, "input_scaling": "time_gain"},
+    {"fusion": True, "confidence": True, "deep_supervision": True, "classify_family": True},
+    {"head": "perfect", "out_level": 1, "fusion": True, "fusion_weights": (1, 3), "confidence": True},
+    {"decoder_channels": (48, 24, 20)},
+    OURS,
+    {**OURS, "fusion": True, "confidence": True, "deep_supervision": True, "classify_family": True},
+    {"arch": "inversionnet"},
+]
+
+
+def check_trains(**options):
+    cfg = config(**options)
+    net = network(**options)
+    seis, vel = gathers(mode=cfg.mode), layered_maps()
+    extras = {}
+    if any(getattr(cfg, name) for name in model.EXTRAS):
+        pred, extras = net(seis, extras=True)
+    else:
+        pred = net(seis)
+    assert pred.shape == (2, 1, 70, 70) and pred.dtype == torch.float32 and pred.isfinite().all()
+    if cfg.bounded or cfg.arch == "inversionnet":
+        assert pred.min() >= 1500 and pred.max() <= 4500
+    loss = F.l1_loss(pred, vel)
+    if cfg.decoder_norm == "none" and cfg.arch == "unet":  # a norm before the head spreads the start
+        assert abs(loss.item() - (vel - 3000).abs().mean().item()) < 300
+    (loss + extra_loss(extras, pred, vel, torch.tensor([0, 9]))).backward()
+    untouched = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not untouched
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("mode", model.MODES)
+@pytest.mark.parametrize("options", ENCODERS, ids=lambda options: options["backbone"])
+def test_every_mode_and_encoder_gives_a_map_and_every_parameter_a_gradient(mode, options):
+    check_trains(mode=mode, **options)
+
+
+@pytest.mark.parametrize("options", DECODERS, ids=lambda options: "-".join(map(str, options)))
+def test_every_decoder_head_and_scaling_gives_a_map_and_every_parameter_a_gradient(options):
+    check_trains(**options)
+
+
+@pytest.mark.parametrize("options", [{"mode": "small_72x72"}, OURS], ids=["unet", "seisnext"])
+def test_one_batch_overfits(options):
+    net = network(**{**options, "width": 16})
+    seis, vel = gathers(1, options.get("mode", "full")), layered_maps(1)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    first = None
+    for step in range(150):
+        loss = F.l1_loss(net(seis), vel)
+        first = loss.item() if step == 0 else first
+        if loss.item() < 0.05 * first:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pytest.fail(f"L1 from {first:.0f} to {loss.item():.0f} m/s")
+
+
+def test_inversionnet_has_the_papers_size():
+    n = sum(p.numel() for p in network(arch="inversionnet").parameters())
+    assert 24.3e6 < n < 24.5e6
+
+
+def test_decoder_fits_skips_of_odd_sizes():
+    block = model.DecoderBlock(8, 6, 4, config())
+    assert block(torch.randn(1, 8, 5, 4), torch.randn(1, 6, 9, 11)).shape == (1, 4, 9, 11)
+
+
+def test_perfect_head_gives_70_cells_from_any_size():
+    head = model.PerfectSegmentationHead(4, 2)
+    for size in ((9, 9), (35, 72), (70, 70), (100, 31)):
+        assert head(torch.randn(1, 4, *size)).shape == (1, 2, 70, 70)
+
+
+def test_given_fusion_weights_are_normalised_and_learned_ones_start_equal():
+    levels = [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 8, 8)]
+    given, doubled, learned = (
+        model.Fusion((3, 3), (1, 3)),
+        model.Fusion((3, 3), (2, 6)),
+        model.Fusion((3, 3), ()),
+    )
+    for fusion in (doubled, learned):
+        fusion.project.load_state_dict(given.project.state_dict())
+    assert torch.allclose(given(levels), doubled(levels))
+    assert not torch.allclose(given(levels), learned(levels))
+    assert learned.logits.softmax(0).tolist() == [0.5, 0.5]
+    assert learned.logits.requires_grad and not given.logits.requires_grad
+
+
+def test_error_output_is_best_at_the_mean_absolute_error():
+    pred, vel = torch.zeros(1, 1, 70, 70), torch.randn(1, 1, 70, 70)
+    mae = vel.abs().mean()
+    loss = [extra_loss({"error": torch.full_like(vel, mae * c)}, pred, vel, None) for c in (0.9, 1, 1.1)]
+    assert loss[1] < min(loss[0], loss[2])
+    assert extra_loss({}, pred, vel, None) == 0
+
+
+def test_input_scalings_keep_what_they_should():
+    seis = gathers(1).requires_grad_()
+    log = model.SignedLog()(seis)
+    assert torch.allclose(log, -model.SignedLog()(-seis)) and log.abs().max() < 4
+    assert (torch.autograd.grad(log.sum(), seis)[0] >= 0).all()  # monotone
+    gain = model.TimeGain()(seis) / seis
+    assert torch.allclose(gain[:, :, 0], torch.ones(5, 70)) and torch.allclose(
+        gain[:, :, -1], torch.tensor(11.0)
+    )
+
+
+# ------------------------------------------------------------------ mirror, compile, checkpoints, float16
+
+
+@pytest.mark.parametrize("mode", ["full", "smart_256x72"])
+def test_mirrored_input_with_tta_gives_the_mirrored_output(mode):
+    net, seis = network(mode=mode).eval(), gathers(1, mode)
+    with torch.no_grad():
+        mirrored = predict_tta(net, mirror_survey(seis))
+        assert torch.allclose(mirrored, predict_tta(net, seis).flip(3), atol=1e-2)
+        assert not torch.allclose(net(mirror_survey(seis)), net(seis).flip(3), atol=1)  # TTA is what does it
+    assert torch.equal(mirror_survey(mirror_survey(seis)), seis)
+    assert torch.equal(mirror_survey(seis)[0, 0, :, 0], seis[0, 4, :, -1])
+
+
+@pytest.mark.parametrize("options", [{}, OURS], ids=["unet", "seisnext"])
+def test_compiled_network_is_one_graph_and_its_checkpoint_loads(tmp_path, options):
+    net, seis = network(**options).eval(), gathers(1)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = net(seis)
+        assert torch.allclose(compiled(seis), expected, atol=1e-2)
+        torch.save(
+            {f"module.{key}": value for key, value in compiled.state_dict().items()}, tmp_path / "c.pt"
+        )
+        other = network(seed=1, **options).eval()
+        assert not torch.allclose(other(seis), expected, atol=1e-2)
+        load_weights(other, tmp_path / "c.pt")
+        assert torch.equal(other(seis), expected)
+    assert "_orig_mod" in next(iter(torch.load(tmp_path / "c.pt", weights_only=True)))
+
+
+@pytest.mark.parametrize("options", [{}, {**CAFORMER}, OURS], ids=["convnext", "caformer", "seisnext"])
+def test_float16_is_finite_on_large_and_constant_gathers(options):
+    net = network(**options).eval()
+    seis = torch.cat([4 * gathers(1), *(torch.full((1, 5, 1000, 70), c) for c in (0.0, 200.0))])
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        vel = net(seis)
+    assert vel.dtype == torch.float32 and vel.isfinite().all()
+
+
+def test_float16_overflow_is_that_of_the_second_stem_convolution():
+    net, seis = network().eval(), 4 * gathers(1)
+    stem = net.backbone.stem_0
+    with torch.no_grad():
+        for conv in stem[1:]:
+            conv.weight *= 60
+        expected = net(seis)
+        with torch.autocast("cpu", torch.float16):
+            found = net(seis)
+            net.backbone.stem_0 = nn.Sequential(*stem)
+            assert net.backbone.stem_0[:2](seis).isfinite().all()
+            assert not net.backbone.stem_0(seis).isfinite().all()
+            assert not net(seis).isfinite().all()
+    assert (found - expected).abs().max() < 60
+
+
+# ------------------------------------------------------------------ pretrained weights
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """An untrained timm backbone's weights, as a file and as a state dict."""
+    torch.manual_seed(3)
+    state = timm.create_model("convnext_atto").state_dict()
+    safetensors.torch.save_file(state, tmp_path / "atto.safetensors")
+    torch.save(state, tmp_path / "atto.pth")
+    return tmp_path, state
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_local_file_of_timm_weights_fills_the_encoder(imagenet, suffix):
+    folder, state = imagenet
+    net = network(pretrained=True, pretrained_file=str(folder / f"atto.{suffix}"))
+    first, second = net.backbone.stem_0[1].weight, net.backbone.stem_0[2].weight
+    assert torch.allclose(first, 0.6 * state["stem.0.weight"].repeat(1, 2, 1, 1)[:, :5])
+    assert torch.equal(second[:, 35:40], first) and second.shape == (40, 40, 4, 4)
+    key = "stages.2.blocks.5.mlp.fc1.weight"
+    assert torch.equal(net.state_dict()["backbone." + key.replace("stages.", "stages_")], state[key])
+
+
+def test_pretrained_weights_that_cannot_be_had_are_one_line_with_a_way_out(imagenet, monkeypatch):
+    folder, _ = imagenet
+    (folder / "bad.safetensors").write_bytes(b"not weights")
+    (folder / "bad.pth").write_bytes(b"not weights")
+    for file in ("none.pth", "bad.safetensors", "bad.pth", "atto.pth"):
+        with pytest.raises(ValueError, match="--pretrained=false") as error:
+            network(backbone="convnext_femto", pretrained=True, pretrained_file=str(folder / file))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no pretrained weights of it"):
+        network(backbone="convnextv2_small", pretrained=True)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(encoder.huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(encoder, "urlopen", unreachable)
+    with pytest.raises(ValueError, match="cannot be reached; use --pretrained_file=PATH"):
+        network(pretrained=True)
+
+
+def test_an_answering_hub_and_cached_weights_are_used(imagenet, monkeypatch):
+    folder, _ = imagenet
+
+    def refuse(request, timeout):
+        raise HTTPError(request.full_url, 403, "forbidden", None, None)
+
+    monkeypatch.setattr(encoder, "urlopen", refuse)
+    monkeypatch.setattr(encoder.huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    assert encoder._pretrained(config(pretrained=True)) == {"pretrained": True}
+    cached = str(folder / "atto.safetensors")
+    monkeypatch.setattr(encoder.huggingface_hub, "try_to_load_from_cache", lambda *args: cached)
+    assert encoder._pretrained(config(pretrained=True))["pretrained_cfg_overlay"] == {"file": cached}
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"upsample": "bicubic"}, "--upsample=bicubic: expected one of transposed, pixelshuffle, nearest"),
+        ({"backbone": "resnet18"}, "--backbone=resnet18: expected"),
+        ({"backbone": "convnext_atto_ols"}, "not _ols"),
+        ({**OURS, "mode": "small_72x72"}, "--mode=full only"),
+        ({**OURS, "head": "crop"}, "use --head=perfect"),
+        ({"arch": "inversionnet", "fusion": True}, "no fusion"),
+        ({"decoder_channels": (64, 32)}, "expected 3 widths"),
+        ({"decoder_channels": (64, 32, 8), "scse": True}, "use 16 or more"),
+        ({"out_level": 3, "head": "perfect"}, r"expected 0 \(finest\) to 2"),
+        ({"out_level": 1}, "use --head=perfect"),
+        ({"out_level": 2, "head": "perfect", "fusion": True}, "use 0 or 1"),
+        ({"fusion": True, "fusion_weights": (1, 2)}, "expected 3 positive ones"),
+        ({"fusion": True, "fusion_weights": (1, 2, 0)}, "expected 3 positive ones"),
+        ({"fusion_weights": (1, 2, 3)}, "with --fusion"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_those_that_do(options, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(config(**options))
+
+
+@pytest.mark.parametrize("options", [{}, OURS, {"arch": "inversionnet"}], ids=str)
+def test_wrong_input_shape_says_got_and_expected(options):
+    with pytest.raises(ValueError, match=r"\(2, 5, 999, 70\), expected \(B, 5, 1000, 70\)"):
+        network(**options)(torch.zeros(2, 5, 999, 70))
+
+
+def test_checkpoint_of_another_network_is_named(tmp_path):
+    femto = network(backbone="convnext_femto")
+    with pytest.raises(
+        ValueError, match="another shape of backbone.stem_0.1.weight.*--backbone=convnext_femto"
+    ):
+        load_weights(network(), femto.state_dict())
+    with pytest.raises(ValueError, match="misses .*unexpected .*--backbone=caformer_s18"):
+        load_weights(network(), network(**CAFORMER).state_dict())
+    assert model.guess_backbone(network(backbone="convnextv2_atto").state_dict()) == "convnextv2_atto"
+    with pytest.raises(ValueError, match="give its --arch and --backbone"):
+        load_weights(network(), network(arch="inversionnet").state_dict())
+    torch.save({"weights": config()}, tmp_path / "object.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK")
+    for name in ("object.pt", "cut.pt"):
+        with pytest.raises(ValueError, match=f"{name}: no state dict"):
+            load_weights(network(), tmp_path / name)
+
+
+def test_table_of_a_configuration(capsys):
+    model.main(["--arch=seisnext", "--head=perfect", "--width=8", "--batch_size=1"])
+    out = capsys.readouterr().out
+    for words in (
+        "parameters",
+        "multiply-adds",
+        "MB a sample",
+        "ms a sample",
+        "8x36x36, 24x18x18, 48x9x9, 64x5x5",
+    ):
+        assert words in out
+    done = run_cli("model.py", "--arch=seisnext", "--mode=small_72x72")
+    assert done.returncode == 2 and "--mode=full only" in done.stderr
