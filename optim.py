@@ -1,0 +1,79 @@
+"""Optimizers and the learning-rate schedule."""
+
+import torch
+from timm.scheduler import CosineLRScheduler
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on hidden matrices and kernels, AdamW on everything else, as one optimizer.
+
+    Muon (Jordan et al., 2024) is torch's own. It takes matrices only, so kernels
+    (out, in, k, k) are handed to it as views (out, in·k·k) of the same storage.
+    """
+
+    def __init__(self, hidden, groups, lr, weight_decay):
+        super().__init__([{"params": hidden}, *groups], {"lr": lr, "weight_decay": weight_decay})
+        self.views = [p.detach().flatten(1) for p in hidden]
+        # scaled to AdamW's usual step, so that both share one rate (Liu et al., 2025, arXiv 2502.16982)
+        muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for view, p in zip(self.views, self.param_groups[0]["params"], strict=True):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        inner = [group for part in self.parts.values() for group in part.param_groups]
+        for group, mine in zip(inner, self.param_groups, strict=True):
+            group["lr"] = mine["lr"]
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def build_optimizer(network, cfg):
+    """AdamW with decay on matrices and kernels only, or Muon with AdamW for the rest.
+
+    Raises ValueError where this torch has no Muon.
+    """
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in named if p.ndim > 1]
+    vectors = {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}
+    common = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
+    if cfg.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"--optimizer=muon: torch {torch.__version__} has no Muon; use torch 2.9 or adamw"
+            )
+        # depthwise kernels hold one row a channel that shares nothing with the others: AdamW's
+        hidden = [p for p in matrices if p.shape[1] > 1 and len(p) > 1]
+        rest = [p for p in matrices if p.shape[1] == 1 or len(p) == 1]
+        return MuonAdamW(hidden, [{"params": rest}, vectors], **common)
+    # fused: one kernel, and a step with a non-finite gradient is left out without waiting for the device
+    return torch.optim.AdamW([{"params": matrices}, vectors], fused=True, **common)
+
+
+class Schedule:
+    """Linear warm-up, constant share, cosine fall to min_lr, in steps: timm's CosineLRScheduler."""
+
+    def __init__(self, optimizer, cfg, n_steps, steps_per_epoch):
+        self.warmup = cfg.warmup_steps + round(cfg.warmup_epochs * steps_per_epoch)
+        self.hold = round(cfg.constant_share * max(0, n_steps - self.warmup))
+        self.timm = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, n_steps - self.warmup - self.hold),
+            lr_min=cfg.min_lr,
+            warmup_t=self.warmup,
+            warmup_lr_init=cfg.min_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def set(self, step):
+        """Set the rate of the update that follows `step` updates."""
+        self.timm.step_update(step if step <= self.warmup else max(self.warmup, step - self.hold))

@@ -1,0 +1,221 @@
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_pair
+
+import data
+import train
+from cfg import Config
+from trainer import Trainer
+from utils import Process, load_checkpoint, pick_precision
+
+CPU = Process(torch.device("cpu"))
+SMALL = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
+SMALL += [
+    "--split=share",
+    "--val_share=0.34",
+    "--warmup_steps=2",
+    "--log_every=1",
+    "--device=cpu",
+    "--threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_maps():
+    data.open_array.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two families of six random samples: two thirds to train on."""
+    root = tmp_path_factory.mktemp("openfwi")
+    for family in ("FlatVel_A", "CurveFault_B"):
+        write_pair(root, family, n=6)
+    return root
+
+
+def run(files, root, *args):
+    train.main([f"--data_root={files}", f"--run_root={root}", *SMALL, *args])
+    return sorted(root.glob("*-full"))[-1]
+
+
+def torchrun(n, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    command += [str(ROOT / "train.py"), *SMALL, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A run of two epochs of four steps."""
+    data.open_array.cache_clear()
+    return run(files, tmp_path_factory.mktemp("runs"), "--epochs=2", "--batch_size=2")
+
+
+def test_a_run_leaves_its_whole_record(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {"cfg.json", "env.txt", "log.jsonl", "metrics.json", "best.pt", "last.pt"}
+    assert not [name for name in names if name.endswith(".part")]
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "lr" in r] == list(range(1, 9))
+    assert [r["step"] for r in log if "val_mae" in r] == [4, 8]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["family_mae"]) == {"FlatVel_A", "CurveFault_B"}
+    assert metrics["best_mae"] == min(r["val_mae"] for r in log if "val_mae" in r)
+    assert "torch: " in (finished / "env.txt").read_text()
+    pytest.importorskip("matplotlib")
+    assert (finished / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(finished):
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    rates = [r["lr"] for r in log if "lr" in r]
+    cfg = Config()
+    assert rates[0] == pytest.approx((cfg.lr + cfg.min_lr) / 2) and rates[1] == pytest.approx(cfg.lr)
+    expected = [cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(1, 7)]
+    assert rates[2:] == pytest.approx(expected)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(files, finished, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    step = Trainer.train_step
+
+    def stop_at_seven(self, *batch):
+        if self.step == 6:
+            raise Stopped
+        return step(self, *batch)
+
+    args = ("--epochs=2", "--batch_size=2", "--save_every=3")
+    monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
+    with pytest.raises(Stopped):
+        run(files, tmp_path, *args)
+    assert (
+        load_checkpoint(tmp_path / "001-full" / "last.pt")["progress"]["step"] == 6
+    )  # in the middle of epoch 1
+    monkeypatch.setattr(Trainer, "train_step", step)
+    folder = run(files, tmp_path, *args, "--resume=auto")
+    assert folder.name == "001-full"
+    whole, resumed = load_checkpoint(finished / "last.pt"), load_checkpoint(folder / "last.pt")
+    assert whole["progress"] == resumed["progress"] and whole["progress"]["step"] == 8
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
+
+
+def test_two_ranks_validate_to_the_same_mae_as_one(files, finished):
+    args = [f"--data_root={files}", f"--ckpt={finished / 'best.pt'}", "--eval_only"]
+    args += ["--val_share=0.5", "--batch_size=2"]  # three samples a family: an uneven share for each rank
+    tables = []
+    for n in (1, 2):
+        result = torchrun(n, *args)
+        assert result.returncode == 0, result.stderr
+        tables.append(re.findall(r"^(\w+) +(\d+) +(\d+\.\d+)", result.stdout, re.M))
+    assert tables[0] == tables[1] and [row[1] for row in tables[0]] == ["3", "3", "6"]
+
+
+def test_two_ranks_of_two_train_like_one_of_four(files, tmp_path):
+    # no batch norm: its statistics are each rank's own
+    unet = ("--arch=unet", "--head=crop", "--backbone=convnext_atto", "--pretrained=false")
+    args = (f"--data_root={files}", "--epochs=1", "--lr=1e-3", *unet)
+    for world, batch_size in ((1, 4), (2, 2)):
+        result = torchrun(world, *args, f"--run_root={tmp_path / str(world)}", f"--batch_size={batch_size}")
+        assert result.returncode == 0, result.stderr
+    one, two = (load_checkpoint(tmp_path / w / "001-full" / "last.pt") for w in "12")
+    start = Trainer(Config(**one["cfg"]), CPU, 1).network.state_dict()
+    moved = torch.cat([(one["model"][k] - start[k]).flatten() for k in start])
+    apart = torch.cat([(one["model"][k] - two["model"][k]).flatten() for k in start])
+    # Adam's first steps turn the sign of tiny gradients into full steps, so a few weights may differ
+    assert apart.norm() < 0.05 * moved.norm()
+    log = [
+        [json.loads(line) for line in (tmp_path / w / "001-full" / "log.jsonl").read_text().splitlines()]
+        for w in "12"
+    ]
+    assert log[0][-1]["val_mae"] == pytest.approx(log[1][-1]["val_mae"], rel=1e-3)
+    assert log[0][0]["mae"] == pytest.approx(log[1][0]["mae"], rel=1e-5)  # the same first global batch
+
+
+def test_every_parameter_moves_and_the_average_follows(finished):
+    state = load_checkpoint(finished / "last.pt")
+    cfg = Config(**state["cfg"])
+    train.seed_all(cfg.seed)
+    start = Trainer(cfg, CPU, 4).network.state_dict()
+    # a fresh ConvNeXt's deepest norms get gradients below float32's resolution: its layer scale is 1e-6
+    assert all(not torch.equal(start[k], v) for k, v in state["model"].items() if v.ndim > 1)
+    assert any(not torch.equal(state["ema"][k], v) for k, v in state["model"].items())
+    best = load_checkpoint(finished / "best.pt")
+    assert best["val_mae"] == state["progress"]["best_mae"]
+
+
+def test_decay_is_on_matrices_only():
+    groups = Trainer(Config(arch="seisnext", head="perfect", width=16), CPU, 1).optimizer.param_groups
+    assert groups[0]["weight_decay"] > 0 and all(p.ndim > 1 for p in groups[0]["params"])
+    assert groups[1]["weight_decay"] == 0 and all(p.ndim <= 1 for p in groups[1]["params"])
+
+
+def test_one_switch_chooses_the_precision():
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu) == "float32"
+    assert pick_precision("bfloat16", cpu) == "bfloat16"
+    cfg = Config(arch="seisnext", head="perfect", width=16, precision="bfloat16", lr=1e-3)
+    trainer = Trainer(cfg, CPU, 2)
+    before = [p.clone() for p in trainer.network.parameters()]
+    loss, _, _ = trainer.train_step(
+        [(torch.randn(2, 5, 1000, 70), torch.full((2, 1, 70, 70), 2500.0), torch.zeros(2, dtype=torch.long))]
+    )
+    assert loss.dtype == torch.float32 and trainer.scaler.get_scale() == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
+
+
+def test_dry_run_prints_the_configuration_and_writes_nothing(files, tmp_path, capsys):
+    train.main(
+        [f"--data_root={files}", f"--run_root={tmp_path / 'runs'}", *SMALL, "--batch_size=2", "--dry_run"]
+    )
+    assert '"batch_size": 2' in (out := capsys.readouterr().out) and "M parameters" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_options_are_one_line(files, finished, tmp_path, refuses):
+    def refuse(*args, words):
+        base = (f"--data_root={files}", "--batch_size=2", "--epochs=2", f"--run_root={tmp_path}", *SMALL)
+        refuses(train.main, *base, *args, words=words)
+
+    refuse("--eval_only", words=["--eval_only needs a checkpoint"])
+    refuse(f"--resume={tmp_path}", words=["no last.pt to resume from"])
+    refuse(
+        f"--resume={finished}", "--lr=5e-4", words=["another configuration (lr: 0.0001 there, 0.0005 here"]
+    )
+    refuse(f"--ckpt={finished / 'best.pt'}", "--width=32", words=["leave out --width"])
+    refuse(
+        f"--run_root={finished / 'best.pt'}",
+        words=["best.pt: cannot be read or written (File exists); give another path"],
+    )
+    refuse("--device=cuda", words=["0 CUDA devices found"]) if not torch.cuda.is_available() else None
+    (tmp_path / "x").mkdir()
+    best = load_checkpoint(finished / "best.pt")
+    torch.save(best, tmp_path / "x" / "last.pt")
+    (tmp_path / "x" / "cfg.json").write_bytes((finished / "cfg.json").read_bytes())
+    cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
+    refuse(f"--resume={tmp_path / 'x'}", f"--decoder_channels={','.join(map(str, cfg['decoder_channels']))}",
+           words=["holds weights only"])  # fmt: skip
+
+
+def test_the_figure_shows_one_row_a_family(files):
+    loader = [
+        (torch.zeros(2, 5, 1000, 70), torch.full((2, 1, 70, 70), 2000.0), torch.tensor([0, 3]), None),
+        (torch.zeros(1, 5, 1000, 70), torch.full((1, 1, 70, 70), 2600.0), torch.tensor([3]), None),
+    ]
+    network = torch.nn.Module()
+    network.forward = lambda seis: torch.full((len(seis), 1, 70, 70), 2100.0)
+    reference = torch.full((1, 70, 70), 2200.0)
+    score, mean_score, rows = train.validate(network, loader, CPU, reference, torch.no_grad)
+    assert score == {"FlatVel_A": (100.0, 1), "CurveVel_B": (300.0, 2), "all": (pytest.approx(700 / 3), 3)}
+    assert mean_score["all"] == (pytest.approx(800 / 3), 3)
+    assert [row[0] for row in rows] == ["FlatVel_A", "CurveVel_B"] and np.all(rows[1][3] == 2100)

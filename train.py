@@ -1,0 +1,397 @@
+"""Train a network: `python train.py`, which takes every GPU it finds, or `torchrun … train.py`.
+
+Options are the fields of cfg.py. A run leaves runs/<number>-<name>/ with cfg.json, env.txt, log.jsonl,
+metrics.json, validation.png, best.pt (averaged weights) and last.pt (all that --resume needs).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import synth
+from cfg import FREE_FIELDS, network_config, parse
+from data import load_items, make_loaders, mean_map, preprocess
+from model import build_model, load_weights
+from trainer import Trainer
+from utils import (
+    FAMILIES,
+    Score,
+    averaged_weights,
+    environment,
+    launch_line,
+    load_checkpoint,
+    new_run_folder,
+    prediction_figure,
+    processes,
+    read_lines,
+    run_folders,
+    run_program,
+    save_checkpoint,
+    score_table,
+    seed_all,
+    write_atomic,
+)
+from watch import BadSteps, Log
+
+N_FIGURE_ROWS = 5  # families in the figure of a validation
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def open_run(cfg, process, global_batch):
+    """The run folder, and the state to go on from, None for a new run; the same on all ranks."""
+    folders = []
+    if cfg.resume:
+        folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
+        folders = [
+            f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
+        ]
+    folder = next((f for f in folders if (f / "last.pt").exists() or (f / "previous.pt").exists()), None)
+    if folder is not None:
+        state = latest_state(folder)
+        check_same_run(cfg, folder, state, global_batch)
+        return folder, state
+    if cfg.resume not in ("", "auto"):
+        raise ValueError(f"{cfg.resume}: no last.pt to resume from; start without --resume")
+    process.barrier()  # nobody looks for folders to resume any more
+    folder = [None]
+    if process.is_main:
+        folder = [new_run_folder(cfg.run_root, cfg.name)]
+        (folder[0] / "cfg.json").write_text(
+            json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8"
+        )
+        (folder[0] / "env.txt").write_text(environment(process.device), encoding="utf-8")
+    if process.world > 1:
+        dist.broadcast_object_list(folder)
+    return folder[0], None
+
+
+def latest_state(folder):
+    """The newest whole checkpoint of a run folder; raises ValueError where there is none."""
+    failures = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            failures.append(str(error))
+            continue
+        if "optimizer" not in state:
+            raise ValueError(
+                f"{path}: holds weights only, expected all of a run; start from it by --ckpt={path}"
+            )
+        if failures:
+            print(f"{failures[0]}; going on from {path}", flush=True)
+        return state
+    raise ValueError("; ".join(failures))
+
+
+def check_same_run(cfg, folder, state, global_batch):
+    """Refuse to go on with a run of another configuration, naming what differs."""
+    saved, asked = state["cfg"], dataclasses.asdict(cfg)
+    differs = [f"{n}: {saved.get(n)} there, {asked[n]} here" for n in asked
+               if n not in FREE_FIELDS and saved.get(n) != asked[n]]  # fmt: skip
+    if state["global_batch"] != global_batch:
+        differs.append(f"samples a step: {state['global_batch']} there, {global_batch} here")
+    if differs:
+        raise ValueError(
+            f"{folder}: another configuration ({'; '.join(differs)}); resume with the same options"
+        )
+
+
+# ---------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(network, loader, process, reference, autocast, mode="full"):
+    """Score `network`, fed in its input mode, and the constant map `reference` per sample, over all ranks.
+
+    Returns (score, reference's score, figure rows: the first sample of each family on this rank).
+    """
+    network.eval()
+    score, mean_score, rows = Score(), Score(), {}
+    for seis, vel, family, _ in loader:
+        with autocast():
+            prediction = network(preprocess(seis.to(process.device).float(), mode)).cpu()
+        score.add(prediction, vel, family)
+        mean_score.add(reference.expand_as(vel), vel, family)
+        for i, index in enumerate(family.tolist()):
+            if index not in rows and len(rows) < N_FIGURE_ROWS:
+                rows[index] = (FAMILIES[index], seis[i].numpy(), vel[i, 0].numpy(), prediction[i, 0].numpy())
+    return score.gather(process).result(), mean_score.gather(process).result(), list(rows.values())
+
+
+def finish_epoch(trainer, log, val_loader, reference):
+    """Validate the averaged weights, print the table, write metrics, figure and checkpoints."""
+    process, folder = trainer.process, log.folder
+    score, mean_score, rows = validate(
+        trainer.ema.module, val_loader, process, reference, trainer.autocast, trainer.cfg.mode
+    )
+    mae = score["all"][0]
+    is_best = mae < trainer.best_mae
+    trainer.validated, trainer.since_best = trainer.step, 0 if is_best else trainer.since_best + 1
+    trainer.best_mae = min(mae, trainer.best_mae)
+    if not process.is_main:
+        return
+    print(f"validation after step {trainer.step}\n{score_table(score, mean_score)}", flush=True)
+    record = {
+        "step": trainer.step,
+        "val_mae": mae,
+        "best_mae": trainer.best_mae,
+        "mean_map_mae": mean_score["all"][0],
+        "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
+    }
+    with write_atomic(folder / "metrics.json") as part:
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    prediction_figure(folder / "validation.png", rows)
+    log.record(record)
+    log.figure(folder / "validation.png")
+    if is_best:
+        best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
+        save_checkpoint(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae})
+    save_last(trainer, folder)
+
+
+def save_last(trainer, folder):
+    """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
+    trainer.saved_s = time.monotonic()
+    if not trainer.process.is_main or not all(
+        v.isfinite().all() for v in trainer.network.state_dict().values()
+    ):
+        return  # spoilt weights must not replace good ones; BadSteps stops such a run
+    last = folder / "last.pt"
+    try:
+        with write_atomic(last) as part:
+            torch.save(trainer.state(), part)
+            if last.exists():
+                os.replace(last, folder / "previous.pt")
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        reason = str(error).splitlines()[0]
+        print(f"{last}: not written ({reason}); the one before stays; free some space", flush=True)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Stop:
+    """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
+
+    def __init__(self, process):
+        self.signal, self.process = 0, process
+        # its own group: on CUDA the default one would make the CPU wait for the device
+        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
+        self.before = {
+            number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def catch(self, number, frame):
+        self.signal = number
+
+    def agree(self):
+        if self.group is not None:
+            number = torch.tensor(self.signal)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+            self.signal = int(number)
+        return self.signal
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def steps_of(trainer, loader):
+    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
+    sampler = loader.batch_sampler
+    sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
+    batches, indices, data_s = [], [], 0.0
+    before = time.perf_counter()
+    for *batch, index in loader:
+        data_s += time.perf_counter() - before
+        batches.append(trainer.prepare(len(batches), *batch))
+        indices += index.tolist()
+        if len(batches) == trainer.cfg.accumulate:
+            yield batches, indices, data_s
+            batches, indices, data_s = [], [], 0.0
+        before = time.perf_counter()
+
+
+def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
+    """The rest of the current epoch, or up to a stop."""
+    cfg = trainer.cfg
+    for batches, indices, data_s in steps_of(trainer, loader):
+        seed_all(trainer.step_seed() + trainer.process.rank)  # drop path
+        losses, mae, norm = trainer.train_step(batches)
+        bad_steps.add(norm, losses, batches, indices)
+        log.add(mae, norm, data_s)
+        if profiler is not None:
+            profiler.step()
+        if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
+            log.write()
+        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
+            save_last(trainer, log.folder)
+        if stop.agree():
+            break
+    bad_steps.check()
+
+
+def fit(trainer, log, loaders, items, reference, profiler):
+    """Train to the end, to early stopping, or to a signal; returns the signal's number or 0."""
+    cfg, (train_loader, val_loader) = trainer.cfg, loaders
+    bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(trainer.process)
+    try:
+        while True:
+            epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
+            if within == 0 and epoch and trainer.validated != trainer.step:
+                if epoch % cfg.val_every == 0 or epoch == cfg.epochs:
+                    finish_epoch(trainer, log, val_loader, reference)
+            if cfg.patience and trainer.since_best >= cfg.patience:
+                if trainer.process.is_main:
+                    print(f"stopped early: no better validation for {trainer.since_best} in a row")
+                return 0
+            if trainer.step >= trainer.n_steps:
+                return 0
+            train_epoch(trainer, train_loader, log, bad_steps, stop, profiler)
+            if stop.signal:
+                save_last(trainer, log.folder)
+                return stop.signal
+    finally:
+        stop.restore()
+
+
+def prepare_data(cfg, process):
+    """Training and validation items; first makes the synthetic data set if the configuration asks for one."""
+    if cfg.synth_per_family:
+        if process.is_main:
+            families = cfg.families or FAMILIES
+            synth.write_dataset(cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, dtype="float16")
+        process.barrier()
+    train_items, val_items = load_items(cfg)
+    if cfg.overfit:
+        train_items = val_items = train_items[: cfg.overfit]
+    if cfg.smoke:
+        n_global = cfg.batch_size * cfg.accumulate * process.world
+        train_items, val_items = train_items[: 3 * n_global], val_items[:n_global]
+    return train_items, val_items
+
+
+def make_profiler(cfg, process, folder):
+    """With `profile`, a profiler that writes four steps as a Chrome trace into the run folder."""
+    if not (cfg.profile and process.is_main):
+        return contextlib.nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / "trace.json")),
+    )
+
+
+def describe(cfg, trainer, n_train, n_val):
+    """The line that says what is about to be trained."""
+    process, n_parameters = trainer.process, sum(p.numel() for p in trainer.network.parameters())
+    name = cfg.backbone if cfg.arch == "unet" else cfg.arch
+    return (
+        f"{name}: {n_parameters / 1e6:.1f} M parameters | {n_train} training, {n_val} validation samples | "
+        f"{cfg.batch_size} a process × {process.world} processes × {cfg.accumulate} accumulated = "
+        f"{trainer.global_batch} samples a step | "
+        f"{process.device}, {trainer.precision} | {trainer.n_steps} steps"
+    )
+
+
+def train(cfg, process):
+    """Train as configured: (run folder or None, best validation MAE in m/s)."""
+    seed_all(cfg.seed)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    train_items, val_items = prepare_data(cfg, process)
+    loaders = make_loaders(cfg, process, train_items, val_items)
+    reference = mean_map(train_items)
+    trainer = Trainer(cfg, process, loaders[0].batch_sampler.n_steps)
+    if process.is_main:
+        print(describe(cfg, trainer, len(train_items), len(val_items)), flush=True)
+    if cfg.dry_run:
+        return None, math.nan
+    if cfg.eval_only:
+        score, mean_score, _ = validate(
+            trainer.network, loaders[1], process, reference, trainer.autocast, cfg.mode
+        )
+        if process.is_main:
+            print(score_table(score, mean_score))
+        return None, score["all"][0]
+    folder, state = open_run(cfg, process, trainer.global_batch)
+    if state:
+        trainer.restore(state)
+    with make_profiler(cfg, process, folder) as profiler, Log(folder, trainer) as log:
+        number = fit(trainer, log, loaders, train_items, reference, profiler)
+    if number:
+        print(f"stopped by {signal.Signals(number).name} after step {trainer.step}; go on: --resume={folder}")
+        sys.exit(128 + number)
+    if cfg.smoke and process.is_main:
+        check_reload(cfg, folder, trainer, loaders[1])
+    if process.is_main:
+        print(f"best validation MAE {trainer.best_mae:.2f} m/s | {folder}/best.pt")
+    return folder, trainer.best_mae
+
+
+@torch.no_grad()
+def check_reload(cfg, folder, trainer, loader):
+    """Reload best.pt as `infer.py` does; raises ValueError unless it predicts what was validated."""
+    checkpoint = load_checkpoint(folder / "best.pt")
+    network = build_model(network_config(cfg, checkpoint)).to(trainer.process.device).eval()
+    load_weights(network, averaged_weights(checkpoint), str(folder / "best.pt"))
+    seis = preprocess(next(iter(loader))[0].to(trainer.process.device).float(), cfg.mode)
+    if not torch.equal(network(seis), trainer.ema.module.eval()(seis)):
+        raise ValueError(f"{folder}/best.pt: predicts otherwise after reloading")
+    print("smoke: trained, validated, saved, reloaded and predicted")
+
+
+def launch(cfg, argv):
+    """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
+
+    Raises ValueError when more processes are asked for than there are cards.
+    """
+    if "RANK" in os.environ:
+        return
+    n_cards = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    n = n_cards if cfg.gpus == "auto" else int(cfg.gpus)
+    if n > n_cards:
+        raise ValueError(
+            f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
+        )
+    if n > 1:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, *argv]
+        os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on
+
+
+def main(argv):
+    cfg = parse(argv)
+    if cfg.eval_only and not cfg.ckpt:
+        raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
+    launch(cfg, argv)
+    if cfg.gpus == "0":
+        cfg = dataclasses.replace(cfg, device="cpu")
+    if cfg.smoke:
+        cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
+    if cfg.overfit:
+        cfg = dataclasses.replace(cfg, flip_p=0.0)
+    if cfg.ckpt:
+        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
+    if cfg.dry_run and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(dataclasses.asdict(cfg), indent=1))
+    with processes(cfg) as process:
+        train(cfg, process)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,128 @@
+"""One training step, and the state that a checkpoint holds."""
+
+import contextlib
+import dataclasses
+import math
+import time
+
+import torch
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+from data import flip_batch, preprocess
+from loss import parse_family_weights, sample_losses
+from model import EXTRAS, build_model, extra_loss, load_weights
+from optim import Schedule, build_optimizer
+from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
+
+PROGRESS = ("step", "validated", "best_mae", "since_best")
+
+
+class Trainer:
+    """Network, its average, optimizer, schedule and scaler: all that a checkpoint holds."""
+
+    def __init__(self, cfg, process, steps_per_epoch):
+        self.cfg, self.process = cfg, process
+        self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
+        self.saved_s = time.monotonic()
+        self.steps_per_epoch, self.n_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
+        self.global_batch = cfg.batch_size * cfg.accumulate * process.world
+        self.precision = pick_precision(cfg.precision, process.device)
+        self.dtype = AUTOCAST.get(self.precision)
+        self.family_weights = parse_family_weights(cfg.family_weights).to(process.device)
+        self.network = build_model(cfg).to(process.device)
+        if cfg.ckpt:
+            load_weights(self.network, averaged_weights(load_checkpoint(cfg.ckpt)), cfg.ckpt)
+        # the average stays in float32 and carries buffers; made before DDP and compilation rename anything
+        self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
+        self.optimizer = build_optimizer(self.network, cfg)
+        self.schedule = Schedule(self.optimizer, cfg, self.n_steps, steps_per_epoch)
+        # float16 needs the scale; every precision needs the skipping of non-finite steps, at scale 1
+        scale = {} if self.dtype is torch.float16 else {"init_scale": 1.0}
+        self.scaler = torch.amp.GradScaler(process.device.type, **scale)
+        self.forward, self.no_sync = self.network, contextlib.nullcontext
+        if process.world > 1:
+            ids = [process.device] if process.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.network, device_ids=ids)
+            self.no_sync = self.forward.no_sync
+        if cfg.compile != "off":
+            self.forward = torch.compile(self.forward, mode=cfg.compile)
+
+    def autocast(self):
+        return torch.autocast(self.process.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def losses(self, forward, seis, vel, family):
+        """Loss and absolute error of each sample, (B,) m/s each."""
+        wants_extras = any(getattr(self.cfg, name) for name in EXTRAS)
+        with self.autocast():
+            prediction, extras = forward(seis, extras=True) if wants_extras else (forward(seis), {})
+        losses = sample_losses(prediction, vel, family, self.cfg, self.family_weights)
+        if extras:
+            losses = losses + extra_loss(extras, prediction, vel, family)
+        return losses, (prediction.detach() - vel).abs().mean((1, 2, 3))
+
+    def train_step(self, batches):
+        """One update from `accumulate` batches: (losses of its samples, MAE, gradient norm), on device."""
+        self.forward.train()
+        buffers = [b for b in self.network.buffers() if b.is_floating_point()]
+        kept = [b.clone() for b in buffers]
+        all_losses, errors = [], []
+        for m, batch in enumerate(batches):
+            with contextlib.nullcontext() if m == len(batches) - 1 else self.no_sync():
+                losses, error = self.losses(self.forward, *batch)
+                loss = losses.mean() / len(batches)
+                # a loss that is not finite must reach the gradient, which all ranks share: all skip alike
+                loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
+                self.scaler.scale(loss).backward()
+            all_losses.append(losses.detach())
+            errors.append(error)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.clip_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        for buffer, before in zip(buffers, kept, strict=True):
+            # batch norm's statistics: the mean of all ranks', and untouched by a step that is left out
+            mean = self.process.sum(buffer.clone()) / self.process.world
+            buffer.copy_(torch.where(norm.isfinite(), mean, before))
+        self.scaler.update(None if self.dtype is torch.float16 else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.network, step=self.step)
+        self.schedule.set(self.step)
+        return torch.cat(all_losses), torch.cat(errors).mean(), norm
+
+    def prepare(self, micro, seis, vel, family):
+        """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
+        cfg, process = self.cfg, self.process
+        seis = seis.to(process.device, non_blocking=True).float()
+        vel, family = (t.to(process.device, non_blocking=True) for t in (vel, family))
+        draws = torch.rand(
+            cfg.accumulate,
+            process.world,
+            len(seis),
+            generator=torch.Generator().manual_seed(self.step_seed()),
+        )
+        seis, vel = flip_batch(seis, vel, draws[micro, process.rank] < cfg.flip_p)
+        return preprocess(seis, cfg.mode), vel, family
+
+    def step_seed(self):
+        return self.cfg.seed + 1_000_003 * self.step
+
+    def state(self):
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+            "global_batch": self.global_batch,
+            "cfg": dataclasses.asdict(self.cfg),
+        }
+
+    def restore(self, state):
+        load_weights(self.network, state["model"])
+        load_weights(self.ema.module, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self.schedule.set(self.step)
