@@ -107,6 +107,8 @@ class Config:
     save_maps: str = ""  # folder for <id>.npy, (70, 70) float32 m/s
     truth: str = ""  # folder with the true maps, to score against
 
+    given = frozenset()  # no field: the names that stood on the command line
+
     def __post_init__(self):
         """Check every field's type; an int may serve for a float, a list for a tuple."""
         for field in dataclasses.fields(self):
@@ -266,7 +268,7 @@ def parse(argv):
         else:
             values[name] = _convert(name, text, kind)
     cfg = Config(**{**PRESETS[preset], **values})
-    cfg.given = frozenset(values)  # the names on the command line; no field, so never saved
+    cfg.given = frozenset(values)
     return cfg
 
 

@@ -4,6 +4,13 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 
+def _matrix(tensor, p):
+    """A kernel as a matrix (out, rest), with the rest in the order that parameter `p` has in memory."""
+    if tensor.ndim == 4 and not p.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # channels last; Muon does not mind the order of columns
+    return tensor.flatten(1)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on hidden matrices and kernels, AdamW on everything else, as one optimizer.
 
@@ -13,7 +20,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, hidden, groups, lr, weight_decay):
         super().__init__([{"params": hidden}, *groups], {"lr": lr, "weight_decay": weight_decay})
-        self.views = [p.detach().flatten(1) for p in hidden]
+        self.views = [_matrix(p.detach(), p) for p in hidden]
+        assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, hidden, strict=True)), "copies"
         # scaled to AdamW's usual step, so that both share one rate (Liu et al., 2025, arXiv 2502.16982)
         muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)}
@@ -21,7 +29,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for view, p in zip(self.views, self.param_groups[0]["params"], strict=True):
-            view.grad = None if p.grad is None else p.grad.flatten(1)
+            view.grad = None if p.grad is None else _matrix(p.grad, p)
         inner = [group for part in self.parts.values() for group in part.param_groups]
         for group, mine in zip(inner, self.param_groups, strict=True):
             group["lr"] = mine["lr"]

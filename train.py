@@ -327,7 +327,7 @@ def train(cfg, process):
             trainer.network, loaders[1], process, reference, trainer.autocast, cfg.mode
         )
         if process.is_main:
-            print(score_table(score, mean_score))
+            print(f"{score_table(score, mean_score)}\nvalidation MAE {score['all'][0]:.6f} m/s")
         return None, score["all"][0]
     folder, state = open_run(cfg, process, trainer.global_batch)
     if state:
@@ -379,14 +379,14 @@ def main(argv):
     if cfg.eval_only and not cfg.ckpt:
         raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
     launch(cfg, argv)
+    if cfg.ckpt:
+        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
     if cfg.gpus == "0":
         cfg = dataclasses.replace(cfg, device="cpu")
     if cfg.smoke:
         cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
     if cfg.overfit:
         cfg = dataclasses.replace(cfg, flip_p=0.0)
-    if cfg.ckpt:
-        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
     with processes(cfg) as process:

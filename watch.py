@@ -1,15 +1,17 @@
 """What training shows and guards: the log, Weights & Biases, non-finite steps, the card's peak."""
 
+import dataclasses
 import json
 import math
 import resource
 import time
+import uuid
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import GATHER_SHAPE, preprocess
-from utils import append_json
+from utils import append_json, write_atomic
 
 PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)
     "H200": (67, 495, 989),
@@ -75,7 +77,8 @@ class Log:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+            with write_atomic(path) as part:
+                part.write_text("".join(kept), encoding="utf-8")
 
     def reset(self):
         self.losses, self.data_s, self.since = [], 0.0, time.perf_counter()
@@ -143,7 +146,7 @@ def start_wandb(cfg, folder):
         ) from None
     path = folder / "wandb_id.txt"
     if not path.exists():
-        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     return wandb.init(
         project="openfwi",
         name=folder.name,
@@ -151,7 +154,7 @@ def start_wandb(cfg, folder):
         resume="allow",
         mode=cfg.wandb,
         dir=str(folder),
-        config=vars(cfg),
+        config=dataclasses.asdict(cfg),
     )
 
 

@@ -46,9 +46,9 @@ def run(files, root, *args):
     return sorted(root.glob("*-full"))[-1]
 
 
-def torchrun(n, *args):
+def torchrun(n, *args, program=ROOT / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    command += [str(ROOT / "train.py"), *SMALL, *map(str, args)]
+    command += [str(program), *SMALL, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -113,11 +113,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(files, finished,
 def test_two_ranks_validate_to_the_same_mae_as_one(files, finished):
     args = [f"--data_root={files}", f"--ckpt={finished / 'best.pt'}", "--eval_only"]
     args += ["--val_share=0.5", "--batch_size=2"]  # three samples a family: an uneven share for each rank
-    tables = []
+    tables, maes = [], []
     for n in (1, 2):
         result = torchrun(n, *args)
         assert result.returncode == 0, result.stderr
         tables.append(re.findall(r"^(\w+) +(\d+) +(\d+\.\d+)", result.stdout, re.M))
+        maes.append(float(re.search(r"validation MAE (\d+\.\d{6}) m/s", result.stdout)[1]))
+    assert abs(maes[0] - maes[1]) < 1e-4
     assert tables[0] == tables[1] and [row[1] for row in tables[0]] == ["3", "3", "6"]
 
 
@@ -125,21 +127,37 @@ def test_two_ranks_of_two_train_like_one_of_four(files, tmp_path):
     # no batch norm: its statistics are each rank's own
     unet = ("--arch=unet", "--head=crop", "--backbone=convnext_atto", "--pretrained=false")
     args = (f"--data_root={files}", "--epochs=1", "--lr=1e-3", *unet)
-    for world, batch_size in ((1, 4), (2, 2)):
-        result = torchrun(world, *args, f"--run_root={tmp_path / str(world)}", f"--batch_size={batch_size}")
+    apart_program = tmp_path / "apart.py"  # the negative control: gradients are not averaged
+    apart_program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import contextlib, train, trainer\n"
+        "class Alone:\n"
+        "    def __new__(cls, network, **options):\n"
+        "        network.no_sync = contextlib.nullcontext\n"
+        "        return network\n"
+        "trainer.DistributedDataParallel = Alone\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    runs = {}
+    for name, world, options in (
+        ("one", 1, ["--batch_size=4"]),
+        ("two", 2, ["--batch_size=2"]),
+        ("accumulated", 1, ["--batch_size=2", "--accumulate=2"]),
+        ("alone", 2, ["--batch_size=2"]),
+    ):
+        program = apart_program if name == "alone" else ROOT / "train.py"
+        result = torchrun(world, *args, *options, f"--run_root={tmp_path / name}", program=program)
         assert result.returncode == 0, result.stderr
-    one, two = (load_checkpoint(tmp_path / w / "001-full" / "last.pt") for w in "12")
-    start = Trainer(Config(**one["cfg"]), CPU, 1).network.state_dict()
-    moved = torch.cat([(one["model"][k] - start[k]).flatten() for k in start])
-    apart = torch.cat([(one["model"][k] - two["model"][k]).flatten() for k in start])
+        runs[name] = load_checkpoint(tmp_path / name / "001-full" / "last.pt")["model"]
+    cfg = Config(**load_checkpoint(tmp_path / "one" / "001-full" / "last.pt")["cfg"])
+    train.seed_all(cfg.seed)
+    start = Trainer(cfg, CPU, 1).network.state_dict()
+    flat = {name: torch.cat([(w[k] - start[k]).flatten() for k in start]) for name, w in runs.items()}
+    moved = flat["one"].norm()
     # Adam's first steps turn the sign of tiny gradients into full steps, so a few weights may differ
-    assert apart.norm() < 0.05 * moved.norm()
-    log = [
-        [json.loads(line) for line in (tmp_path / w / "001-full" / "log.jsonl").read_text().splitlines()]
-        for w in "12"
-    ]
-    assert log[0][-1]["val_mae"] == pytest.approx(log[1][-1]["val_mae"], rel=1e-3)
-    assert log[0][0]["mae"] == pytest.approx(log[1][0]["mae"], rel=1e-5)  # the same first global batch
+    assert (flat["two"] - flat["one"]).norm() < 0.05 * moved
+    assert (flat["accumulated"] - flat["one"]).norm() < 0.05 * moved
+    assert (flat["alone"] - flat["one"]).norm() > 0.2 * moved
 
 
 def test_every_parameter_moves_and_the_average_follows(finished):
