@@ -1,4 +1,4 @@
-"""Measure the project's parts: `python bench.py wave [--maps FILE] [--batch=1,8] [--json FILE]`.
+"""Measure the project's parts: `python bench.py wave [--maps FILE] [--batch=1,8]`, `python bench.py train`.
 
 Contenders take turns within one run, so that other load on the machine meets all alike; compare the ratios of
 their medians rather than seconds from different runs.
@@ -6,9 +6,11 @@ their medians rather than seconds from different runs.
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 import wave
 from pathlib import Path
@@ -18,6 +20,11 @@ import torch
 import torch.nn.functional as F
 
 import wave_engine
+from cfg import parse
+from data import GATHER_SHAPE, MAP_SHAPE, find_pairs, make_loaders
+from trainer import Stop, Trainer, train_epoch
+from utils import processes
+from watch import BadSteps, Log, peak_memory_gb
 
 
 def reference_simulate(vel, acquisition=wave.OPENFWI, periodic=True):
@@ -253,6 +260,65 @@ def soak(n_maps, device, batch=20):
             )
 
 
+def bench_train(args, options):
+    """Our training loop against forward, loss, backward and step of the same network on fixed tensors."""
+    cfg = dataclasses.replace(
+        parse(["--preset=demo", *options]), log_every=10**9, save_minutes=10**9, synth_per_family=0
+    )
+    with tempfile.TemporaryDirectory() as folder, processes(cfg) as process:
+        n = cfg.batch_size * args.steps
+        rng = np.random.default_rng(0)
+        for name, shape, kind in (("data", GATHER_SHAPE, np.float16), ("model", MAP_SHAPE, np.float32)):
+            values = rng.standard_normal((n + 1, *shape), np.float32)
+            Path(folder, "FlatVel_A", name).mkdir(parents=True)
+            np.save(
+                Path(folder, "FlatVel_A", name, f"{name}1.npy"),
+                (3000 + values if kind == np.float32 else values).astype(kind),
+            )
+        items = [(pair, i) for pair in find_pairs([folder]) for i in range(n)]
+        loader, _ = make_loaders(cfg, process, items, items)
+        trainer, bare = Trainer(cfg, process, args.steps), Trainer(cfg, process, args.steps)
+        log = Log(Path(folder), trainer)
+        bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(process)
+        fixed = bare.prepare(0, *next(iter(loader))[:3])
+
+        def ours():
+            train_epoch(trainer, loader, log, bad_steps, stop, None)
+
+        def plain():
+            for _ in range(args.steps):
+                bare.forward.train()
+                with bare.autocast():
+                    prediction = bare.forward(fixed[0])
+                F.l1_loss(prediction, fixed[1]).backward()
+                bare.optimizer.step()
+                bare.optimizer.zero_grad(set_to_none=True)
+
+        ours(), plain()  # warm up
+        log.reset()
+        times = {"ours": [], "bare": []}
+        for _ in range(args.repeats):
+            times["ours"].append(seconds(ours, process.device))
+            times["bare"].append(seconds(plain, process.device))
+        stop.restore()
+    step_ms = {name: 1e3 * statistics.median(t) / args.steps for name, t in times.items()}
+    overhead = statistics.median(a / b for a, b in zip(times["ours"], times["bare"], strict=True)) - 1
+    waited = log.data_s / sum(times["ours"])
+    print(
+        f"{cfg.arch}, {args.steps} steps of {cfg.batch_size} a turn, {trainer.precision} on {process.device}"
+    )
+    print(
+        f"our loop {step_ms['ours']:.1f} ms a step, bare {step_ms['bare']:.1f} ms: overhead {overhead:+.1%}"
+    )
+    print(
+        f"waiting for data {waited:.1%} | {1e3 * cfg.batch_size / step_ms['ours']:.0f} samples/s | "
+        f"{peak_memory_gb(process.device):.1f} GB"
+    )
+    if args.json:
+        result = {"step_ms": step_ms, "overhead": overhead, "data_share": waited, "times_s": times}
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
@@ -268,7 +334,17 @@ def main(argv=None):
         "--soak", type=int, metavar="N", help="instead simulate N maps in a loop and watch the memory"
     )
     sub.add_argument("--json", metavar="FILE", help="write every number there")
-    args = parser.parse_args(argv)
+    sub = what.add_parser(
+        "train", help="our training loop against a bare one; other words are cfg.py's options"
+    )
+    sub.add_argument("--steps", type=int, default=16, help="a turn")
+    sub.add_argument("--repeats", type=int, default=7)
+    sub.add_argument("--json", metavar="FILE", help="write every number there")
+    args, options = parser.parse_known_args(argv)
+    if args.what == "train":
+        return bench_train(args, options)
+    if options:
+        parser.error(f"unknown option {options[0]}")
     torch.set_num_threads(args.threads)
     if args.soak:
         soak(args.soak, args.device)

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import synth
 from cfg import FREE_FIELDS, network_config, parse
 from data import load_items, make_loaders, mean_map, preprocess
 from model import build_model, load_weights
-from trainer import Trainer
+from trainer import Stop, Trainer, save_last, train_epoch
 from utils import (
     FAMILIES,
     Score,
@@ -164,86 +163,7 @@ def finish_epoch(trainer, log, val_loader, reference):
     save_last(trainer, folder)
 
 
-def save_last(trainer, folder):
-    """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
-    trainer.saved_s = time.monotonic()
-    if not trainer.process.is_main or not all(
-        v.isfinite().all() for v in trainer.network.state_dict().values()
-    ):
-        return  # spoilt weights must not replace good ones; BadSteps stops such a run
-    last = folder / "last.pt"
-    try:
-        with write_atomic(last) as part:
-            torch.save(trainer.state(), part)
-            if last.exists():
-                os.replace(last, folder / "previous.pt")
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        reason = str(error).splitlines()[0]
-        print(f"{last}: not written ({reason}); the one before stays; free some space", flush=True)
-
-
 # ---------------------------------------------------------------- the loop
-
-
-class Stop:
-    """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
-
-    def __init__(self, process):
-        self.signal, self.process = 0, process
-        # its own group: on CUDA the default one would make the CPU wait for the device
-        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.before = {
-            number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def catch(self, number, frame):
-        self.signal = number
-
-    def agree(self):
-        if self.group is not None:
-            number = torch.tensor(self.signal)
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-            self.signal = int(number)
-        return self.signal
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def steps_of(trainer, loader):
-    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
-    sampler = loader.batch_sampler
-    sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
-    batches, indices, data_s = [], [], 0.0
-    before = time.perf_counter()
-    for *batch, index in loader:
-        data_s += time.perf_counter() - before
-        batches.append(trainer.prepare(len(batches), *batch))
-        indices += index.tolist()
-        if len(batches) == trainer.cfg.accumulate:
-            yield batches, indices, data_s
-            batches, indices, data_s = [], [], 0.0
-        before = time.perf_counter()
-
-
-def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
-    """The rest of the current epoch, or up to a stop."""
-    cfg = trainer.cfg
-    for batches, indices, data_s in steps_of(trainer, loader):
-        seed_all(trainer.step_seed() + trainer.process.rank)  # drop path
-        losses, mae, norm = trainer.train_step(batches)
-        bad_steps.add(norm, losses, batches, indices)
-        log.add(mae, norm, data_s)
-        if profiler is not None:
-            profiler.step()
-        if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
-            log.write()
-        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
-            save_last(trainer, log.folder)
-        if stop.agree():
-            break
-    bad_steps.check()
 
 
 def fit(trainer, log, loaders, items, reference, profiler):

@@ -1,11 +1,14 @@
-"""One training step, and the state that a checkpoint holds."""
+"""One training step, the state that a checkpoint holds, and the loop over an epoch."""
 
 import contextlib
 import dataclasses
 import math
+import os
+import signal
 import time
 
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,9 +16,14 @@ from data import flip_batch, preprocess
 from loss import parse_family_weights, sample_losses
 from model import EXTRAS, build_model, extra_loss, load_weights
 from optim import Schedule, build_optimizer
-from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
+from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision, seed_all, write_atomic
 
 PROGRESS = ("step", "validated", "best_mae", "since_best")
+
+
+def flatten(tensors):
+    """All values in one vector; None of no tensors."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else None
 
 
 class Trainer:
@@ -33,6 +41,7 @@ class Trainer:
         self.network = build_model(cfg).to(process.device)
         if cfg.ckpt:
             load_weights(self.network, averaged_weights(load_checkpoint(cfg.ckpt)), cfg.ckpt)
+        self.buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         # the average stays in float32 and carries buffers; made before DDP and compilation rename anything
         self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.network, cfg)
@@ -64,8 +73,7 @@ class Trainer:
     def train_step(self, batches):
         """One update from `accumulate` batches: (losses of its samples, MAE, gradient norm), on device."""
         self.forward.train()
-        buffers = [b for b in self.network.buffers() if b.is_floating_point()]
-        kept = [b.clone() for b in buffers]
+        statistics = flatten(self.buffers)
         all_losses, errors = [], []
         for m, batch in enumerate(batches):
             with contextlib.nullcontext() if m == len(batches) - 1 else self.no_sync():
@@ -79,16 +87,22 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.clip_norm or math.inf)
         self.scaler.step(self.optimizer)
-        for buffer, before in zip(buffers, kept, strict=True):
-            # batch norm's statistics: the mean of all ranks', and untouched by a step that is left out
-            mean = self.process.sum(buffer.clone()) / self.process.world
-            buffer.copy_(torch.where(norm.isfinite(), mean, before))
+        self.share_statistics(statistics, norm.isfinite())
         self.scaler.update(None if self.dtype is torch.float16 else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.ema.update(self.network, step=self.step)
         self.schedule.set(self.step)
         return torch.cat(all_losses), torch.cat(errors).mean(), norm
+
+    def share_statistics(self, before, keep):
+        """Batch norm's statistics: the mean of all ranks', or those `before` where a step is left out."""
+        if self.buffers:
+            mean = self.process.sum(flatten(self.buffers)) / self.process.world
+            pieces = torch.where(keep, mean, before).split([b.numel() for b in self.buffers])
+            torch._foreach_copy_(
+                self.buffers, [p.view_as(b) for p, b in zip(pieces, self.buffers, strict=True)]
+            )
 
     def prepare(self, micro, seis, vel, family):
         """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
@@ -126,3 +140,82 @@ class Trainer:
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.schedule.set(self.step)
+
+
+def save_last(trainer, folder):
+    """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
+    trainer.saved_s = time.monotonic()
+    if not trainer.process.is_main or not all(
+        v.isfinite().all() for v in trainer.network.state_dict().values()
+    ):
+        return  # spoilt weights must not replace good ones; BadSteps stops such a run
+    last = folder / "last.pt"
+    try:
+        with write_atomic(last) as part:
+            torch.save(trainer.state(), part)
+            if last.exists():
+                os.replace(last, folder / "previous.pt")
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        reason = str(error).splitlines()[0]
+        print(f"{last}: not written ({reason}); the one before stays; free some space", flush=True)
+
+
+class Stop:
+    """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
+
+    def __init__(self, process):
+        self.signal, self.process = 0, process
+        # its own group: on CUDA the default one would make the CPU wait for the device
+        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
+        self.before = {
+            number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def catch(self, number, frame):
+        self.signal = number
+
+    def agree(self):
+        if self.group is not None:
+            number = torch.tensor(self.signal)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+            self.signal = int(number)
+        return self.signal
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def steps_of(trainer, loader):
+    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
+    sampler = loader.batch_sampler
+    sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
+    batches, indices, data_s = [], [], 0.0
+    before = time.perf_counter()
+    for *batch, index in loader:
+        data_s += time.perf_counter() - before
+        batches.append(trainer.prepare(len(batches), *batch))
+        indices += index.tolist()
+        if len(batches) == trainer.cfg.accumulate:
+            yield batches, indices, data_s
+            batches, indices, data_s = [], [], 0.0
+        before = time.perf_counter()
+
+
+def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
+    """The rest of the current epoch, or up to a stop."""
+    cfg = trainer.cfg
+    for batches, indices, data_s in steps_of(trainer, loader):
+        seed_all(trainer.step_seed() + trainer.process.rank)  # drop path
+        losses, mae, norm = trainer.train_step(batches)
+        bad_steps.add(norm, losses, batches, indices)
+        log.add(mae, norm, data_s)
+        if profiler is not None:
+            profiler.step()
+        if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
+            log.write()
+        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
+            save_last(trainer, log.folder)
+        if stop.agree():
+            break
+    bad_steps.check()
