@@ -160,9 +160,7 @@ def active_updates(vel, acquisition=wave.OPENFWI):
     fastest = int(np.ceil(vel.max().item() / 50) * 50)
     made = 0
     for source in acquisition.sources:
-        windows, _ = wave_engine.windows_of(
-            acquisition, nz, nx, source + acquisition.n_pad, fastest, wave_engine.MARGIN
-        )
+        windows, _ = wave_engine.windows_of(acquisition, nz, nx, source, fastest, wave_engine.MARGIN)
         made += ((windows[..., 1] - windows[..., 0]).sum(1) * steps).sum().item()
     return made, nz * nx * acquisition.n_samples * len(acquisition.sources)
 

@@ -172,7 +172,9 @@ class Job:
 
         self.over_lanes(work)
         # kernels take p[n] - p[n-1] - (1 - kappa) (p[n-1] - p[n-2]) for alpha lap p[n-1]: not at the source
-        image[self.shots, *self.source] -= (d_drive * self.drive).sum(1) * self.alpha[self.maps, *self.source]
+        image[(self.shots, *self.source)] -= (d_drive * self.drive).sum(1) * self.alpha[
+            (self.maps, *self.source)
+        ]
         d_alpha = image[:, 1:, : self.nx].unflatten(0, self.shape[:2]).sum(1) / self.like**2
         return d_alpha, sponge.view(self.shape[:2]).sum(1) / self.v_min, d_drive.view(self.shape)
 
@@ -181,7 +183,7 @@ class Job:
         seis = self.drive.new_empty(*self.drive.shape, self.nx - 2 * self.pad)
         image, sponge = self.layout(d_alpha / self.like)[self.maps], (d_v_min / self.v_min)[self.maps]
         d_drive = (
-            d_drive.flatten(0, 1) - image[self.shots, *self.source][:, None] * self.drive
+            d_drive.flatten(0, 1) - image[(self.shots, *self.source)][:, None] * self.drive
         )  # which the history contains
 
         def work(lanes):
@@ -243,6 +245,7 @@ def _fill(*tensors):
 def windows_of(acq, nz, nx, source, v_max, margin):
     """First and last + 1 active column of every row, (blocks, nz, 2) int32, and their bounds, (blocks, 4).
 
+    source is the map's column, nz and nx the padded grid's size, v_max in m/s.
     A cell is active in a block of time steps if energy from the source can be there by the block's last step
     and back at the receivers by the last sample, at v_max, round the periodic grid where that is shorter.
     """
@@ -253,7 +256,7 @@ def windows_of(acq, nz, nx, source, v_max, margin):
         dz = abs(z - row - acq.n_pad)
         square = (cells * reach + margin) ** 2 - np.minimum(dz, nz - dz) ** 2
         halves.append(np.ceil(np.sqrt(np.where(square < 0, np.nan, square))))
-    columns = acq.receivers or (0, nx - 2 * acq.n_pad - 1)
+    columns, source = acq.receivers or (0, nx - 2 * acq.n_pad - 1), source + acq.n_pad
     lo, hi = np.full_like(halves[0], np.inf), np.full_like(halves[0], -np.inf)
     for lap in (-nx, 0, nx):  # the source and its images beyond the periodic grid's edges
         left = np.maximum(source + lap - halves[0], min(columns) + acq.n_pad - halves[1])
