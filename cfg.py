@@ -112,7 +112,7 @@ class Config:
     def __post_init__(self):
         """Check every field's type; an int may serve for a float, a list for a tuple."""
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
+            value, kind = getattr(self, field.name), field.type
             if kind is float and type(value) is int:
                 value = float(value)
             if kind is tuple and isinstance(value, list):
@@ -156,6 +156,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "wandb": ("off", "offline", "online"),
 }
+NUMBERS = ("decoder_channels", "fusion_weights")  # sequences of these; the others hold words
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 POSITIVE = (
     "batch_size",
@@ -202,6 +203,11 @@ def _check_choices(cfg):
     for name, value in vars(cfg).items():
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"--{name}={value}: expected 0 or more")
+    for name in NUMBERS:
+        if not all(isinstance(n, int | float) for n in getattr(cfg, name)):
+            raise ValueError(f"{name} = {getattr(cfg, name)}: expected numbers")
+    if not cfg.data_root:
+        raise ValueError("--data_root: expected at least one folder")
     if not 0 < cfg.val_share < 1:
         raise ValueError(f"--val_share={cfg.val_share}: expected a share between 0 and 1")
     if cfg.gpus != "auto" and not cfg.gpus.isdigit():
@@ -217,12 +223,11 @@ def _nearest(word, words, prefix=""):
     return f"; did you mean {prefix}{found}?" if found else ""
 
 
-def _number(word):
-    """An element of a sequence: int or float where it reads as one."""
+def _number(name, word):
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(word)
-    return word
+    raise ValueError(f"--{name}: expected numbers divided by commas, got {word!r}")
 
 
 def _convert(name, text, kind):
@@ -232,7 +237,8 @@ def _convert(name, text, kind):
             return BOOLS[text.lower()]
         raise ValueError(f"--{name}={text}: expected true or false")
     if kind is tuple:
-        return tuple(_number(w) for w in text.split(",") if w)
+        words = [w for w in text.split(",") if w]
+        return tuple(_number(name, w) for w in words) if name in NUMBERS else tuple(words)
     try:
         return kind(text)
     except ValueError:
@@ -244,7 +250,7 @@ def parse(argv):
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nPresets: {', '.join(PRESETS)}\n\n{inspect.getsource(Config).split('    def ')[0]}")
         raise SystemExit(0)
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     values, preset, words = {}, "full", list(argv)
     while words:
         word = words.pop(0)

@@ -9,6 +9,7 @@ Seismic and velocity are float16, float32 or float64; velocity in m/s.
 import functools
 import os
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class FilePair:
     vel: Path
     family: str
     n: int
+    is_half: bool  # seismic in float16
 
 
 # ---------------------------------------------------------------- finding and checking
@@ -43,9 +45,12 @@ class FilePair:
 def open_array(path):
     """Memory-map a .npy file; ValueError names it when it is no plain array."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: truncated or not a .npy file ({error}); copy it again") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: an .npz archive, not a .npy file; unpack it")
+    return array
 
 
 def check_array(path, shapes, what):
@@ -131,11 +136,12 @@ def find_pairs(roots, families=()):
             if wanted and family not in wanted:
                 continue
             vel = velocity_of(seis)
-            n = len(check_array(seis, [(None, *GATHER_SHAPE)], "shot gathers"))
+            gathers = check_array(seis, [(None, *GATHER_SHAPE)], "shot gathers")
+            n = len(gathers)
             n_vel = len(check_array(vel, [(None, *MAP_SHAPE)], "velocity maps"))
             if n != n_vel:
                 raise ValueError(f"{seis}: {n} samples, but {vel} has {n_vel}; copy both again")
-            pairs.append(FilePair(seis, vel, family, n))
+            pairs.append(FilePair(seis, vel, family, n, gathers.dtype == np.float16))
     missing = [family for family in wanted if family not in {pair.family for pair in pairs}]
     if missing:
         raise ValueError(f"{', '.join(map(str, roots))}: no files of {', '.join(missing)}; see --families")
@@ -215,20 +221,25 @@ def mean_map(items, at_most=5000):
 
 
 class PairDataset(Dataset):
-    """Items as (seis (5, 1000, 70) as in the file, vel (1, 70, 70) float32 m/s, family index, item index)."""
+    """Items as (seis (5, 1000, 70), vel (1, 70, 70) float32 m/s, family index, item index).
+
+    seis is float32, or float16 where all files are: half the bytes to the device.
+    """
 
     def __init__(self, items):
         self.items = items
+        self.dtype = np.float16 if all(pair.is_half for pair, _ in items) else np.float32
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         seis, vel = read_sample(*self.items[i])
-        if seis.dtype == np.float64:
-            seis = seis.astype(np.float32)
         family = FAMILIES.index(self.items[i][0].family)
-        return torch.from_numpy(seis), torch.from_numpy(vel.astype(np.float32)), family, i
+        seis, vel = (
+            torch.from_numpy(a.astype(k, copy=False)) for a, k in ((seis, self.dtype), (vel, np.float32))
+        )
+        return seis, vel, family, i
 
 
 class TrainBatches(Sampler):

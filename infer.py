@@ -38,6 +38,7 @@ from utils import (
     V_MIN,
     Score,
     averaged_weights,
+    check_writable,
     load_checkpoint,
     pick_precision,
     processes,
@@ -122,6 +123,8 @@ def find_truths(root, gathers):
     truths = []
     for gather in gathers:
         path, family = truth_of(gather.path, gather.index is None)
+        if gather.index is not None and gather.index >= (n := len(open_array(path))):
+            raise ValueError(f"{path}: {n} maps, fewer than the gathers of {gather.path}; copy both again")
         truths.append((path, gather.index, family))
     return truths
 
@@ -181,6 +184,10 @@ def submission_rows(oid, vel):
 
 def infer(cfg, process):
     """Predict every gather of `cfg.input` into `cfg.out`; returns the score where truth is given."""
+    if Path(cfg.out).is_dir():
+        raise ValueError(f"{cfg.out}: is a folder; give a file by --out=FILE.csv")
+    for folder in (Path(cfg.out).parent, Path(cfg.save_maps or ".")):
+        check_writable(folder)
     gathers = find_gathers(cfg.input)
     check_values(gathers)
     truths = find_truths(cfg.truth, gathers) if cfg.truth else None

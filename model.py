@@ -406,6 +406,8 @@ def load_weights(model, source, name="state dict"):
         remedy = (
             f"it seems to be a {guess}: --backbone={guess}" if guess else "give its --arch and --backbone"
         )
+        if guess and guess.startswith("caformer"):
+            remedy += " --norm=layer --activation=original --upsample=pixelshuffle --scse --skip_convs"
         raise ValueError(f"{name}: does not fit this network ({found}); {remedy}")
     model.load_state_dict(state)
 

@@ -287,6 +287,8 @@ def _claim(out, jobs, todo, options):
         if was is None and taken:
             raise ValueError(f"{taken[0]}: there already, not from synth.py; choose another --out")
         names = sorted({*options, *was}) if was else ()
+        if all(j not in todo for j in group):
+            names = [k for k in names if k != "device"]  # finished: where it was made does not matter
         pairs = [(k, was.get(k), options.get(k)) for k in names]
         differs = [f"{k} was {old}, now {new}" for k, old, new in pairs if old != new]
         if differs:
@@ -300,7 +302,7 @@ def _claim(out, jobs, todo, options):
     if need > (free := shutil.disk_usage(out).free):
         sizes = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free"
         raise ValueError(f"{out}: {sizes}; fewer maps or --dtype=float16")
-    known.update(dict.fromkeys(jobs, options))
+    known = dict.fromkeys(jobs, options) | known
     _write_whole(record, lambda file: file.write(json.dumps(known, indent=1).encode()))
 
 

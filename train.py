@@ -18,13 +18,15 @@ import torch.distributed as dist
 
 import synth
 from cfg import FREE_FIELDS, network_config, parse
-from data import load_items, make_loaders, mean_map, preprocess
-from model import build_model, load_weights
+from data import find_pairs, load_items, make_loaders, mean_map, preprocess
+from loss import parse_family_weights
+from model import build_model, check_model, load_weights
 from trainer import Stop, Trainer, save_last, train_epoch
 from utils import (
     FAMILIES,
     Score,
     averaged_weights,
+    check_writable,
     environment,
     launch_line,
     load_checkpoint,
@@ -195,7 +197,9 @@ def prepare_data(cfg, process):
     if cfg.synth_per_family:
         if process.is_main:
             families = cfg.families or FAMILIES
-            synth.write_dataset(cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, dtype="float16")
+            synth.write_dataset(
+                cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, "float16", device=cfg.device
+            )
         process.barrier()
     train_items, val_items = load_items(cfg)
     if cfg.overfit:
@@ -234,10 +238,11 @@ def train(cfg, process):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    network = build_model(cfg)  # what does not fit shows before any long work
     train_items, val_items = prepare_data(cfg, process)
     loaders = make_loaders(cfg, process, train_items, val_items)
     reference = mean_map(train_items)
-    trainer = Trainer(cfg, process, loaders[0].batch_sampler.n_steps)
+    trainer = Trainer(cfg, process, loaders[0].batch_sampler.n_steps, network)
     if process.is_main:
         print(describe(cfg, trainer, len(train_items), len(val_items)), flush=True)
     if cfg.dry_run:
@@ -276,6 +281,17 @@ def check_reload(cfg, folder, trainer, loader):
     print("smoke: trained, validated, saved, reloaded and predicted")
 
 
+def check_config(cfg):
+    """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
+    if cfg.eval_only and not cfg.ckpt:
+        raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
+    check_model(cfg)
+    parse_family_weights(cfg.family_weights)
+    check_writable(cfg.run_root)
+    if not cfg.synth_per_family:
+        find_pairs((*cfg.data_root, *cfg.val_root), cfg.families)
+
+
 def launch(cfg, argv):
     """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
 
@@ -296,17 +312,16 @@ def launch(cfg, argv):
 
 def main(argv):
     cfg = parse(argv)
-    if cfg.eval_only and not cfg.ckpt:
-        raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
-    launch(cfg, argv)
     if cfg.ckpt:
         cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
+    check_config(cfg)
+    launch(cfg, argv)
     if cfg.gpus == "0":
         cfg = dataclasses.replace(cfg, device="cpu")
     if cfg.smoke:
         cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
     if cfg.overfit:
-        cfg = dataclasses.replace(cfg, flip_p=0.0)
+        cfg = dataclasses.replace(cfg, flip_p=0.0, batch_size=min(cfg.batch_size, cfg.overfit))
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
     with processes(cfg) as process:

@@ -29,7 +29,7 @@ def flatten(tensors):
 class Trainer:
     """Network, its average, optimizer, schedule and scaler: all that a checkpoint holds."""
 
-    def __init__(self, cfg, process, steps_per_epoch):
+    def __init__(self, cfg, process, steps_per_epoch, network=None):
         self.cfg, self.process = cfg, process
         self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
         self.saved_s = time.monotonic()
@@ -38,7 +38,7 @@ class Trainer:
         self.precision = pick_precision(cfg.precision, process.device)
         self.dtype = AUTOCAST.get(self.precision)
         self.family_weights = parse_family_weights(cfg.family_weights).to(process.device)
-        self.network = build_model(cfg).to(process.device)
+        self.network = (network or build_model(cfg)).to(process.device)
         if cfg.ckpt:
             load_weights(self.network, averaged_weights(load_checkpoint(cfg.ckpt)), cfg.ckpt)
         self.buffers = [b for b in self.network.buffers() if b.is_floating_point()]

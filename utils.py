@@ -62,7 +62,9 @@ def run_program(main):
         where = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
         if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: cannot be read or written ({error.strerror}); give another path"
-        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # a loader's worker process sends its whole traceback: the last line is the reason
+        reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
+        print(f"{where}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -171,6 +173,14 @@ def seed_all(seed):
 
 
 # ---------------------------------------------------------------- run folders, checkpoints
+
+
+def check_writable(folder):
+    """Raise ValueError unless `folder`, there or not yet, may be written to; makes nothing."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written, {there} is no writable folder; give another path")
 
 
 @contextlib.contextmanager
@@ -320,7 +330,7 @@ def score_table(result, reference=None, reference_name="mean map"):
     for name, (mae, n) in result.items():
         line = f"{name:<14}{n:>8}{mae:>10.2f}"
         if reference:
-            line += f"{reference[name][0]:>12.2f}{mae / reference[name][0]:>8.3f}"
+            line += f"{reference[name][0]:>12.2f}{mae / (reference[name][0] or math.nan):>8.3f}"
         lines.append(line)
     return "\n".join(lines)
 

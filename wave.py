@@ -85,7 +85,7 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
     strength; default each map's minimum. Differentiable once towards vel and v_min, in backward mode and in
     forward mode (`torch.func.jvp`), by the exact discrete adjoint. Raises ValueError for what cannot be
     simulated, and MemoryError before a gradient that would not fit: it keeps checkpoints until its backward
-    pass, 40 to 110 MiB per OpenFWI map in float32, the more the faster the map.
+    pass, 40 to 110 MiB per OpenFWI map in float32 on a CPU, the more the faster the map.
     """
     changes = {"sources": sources, "n_samples": n_samples}
     acquisition = replace(acquisition, **{k: v for k, v in changes.items() if v is not None})

@@ -282,9 +282,11 @@ def _kernel(device_type):
         try:
             import wave_cuda
 
+            if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+                raise ImportError("it needs a C compiler")
             return wave_cuda.run, None
         except ImportError as error:
-            _say_once(f"wave: Triton cannot be imported ({error}); simulating in plain PyTorch, far slower")
+            _say_once(f"wave: no Triton here ({error}); simulating in plain PyTorch, far slower")
     elif device_type == "cpu" and compiled() is not None:
         return _run_cpp, 1
     return _run_torch, None
@@ -301,19 +303,19 @@ def compiled():
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     vectors = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast"]
-    flags += vectors.get(torch.backends.cpu.get_cpu_capability(), [])
+    reason = ""
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "wave.so")
-        try:
-            source = Path(__file__).with_name("wave.cpp")
-            subprocess.run(
-                [compiler, *flags, source, "-o", library], check=True, capture_output=True, text=True
-            )
-            return ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-            _say_once(f"wave: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
-            return None
+        library, source = Path(folder, "wave.so"), Path(__file__).with_name("wave.cpp")
+        # old compilers do not know the levels
+        for target in (vectors.get(torch.backends.cpu.get_cpu_capability(), []), ["-march=native"]):
+            command = [compiler, *flags, *target, source, "-o", library]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                return ctypes.CDLL(str(library))
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = reason or (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+    _say_once(f"wave: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
+    return None
 
 
 class _Grid(ctypes.Structure):

@@ -1,4 +1,7 @@
 import dataclasses
+import sys
+import types
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,19 @@ def test_later_words_and_overrides_win_over_the_preset():
 def test_sequences_are_comma_separated():
     cfg = parse(["--families=FlatVel_A,Style_B", "--decoder_channels=8,4"])
     assert cfg.families == ("FlatVel_A", "Style_B") and cfg.decoder_channels == (8, 4)
+    assert parse(["--data_root=2024,b"]).data_root == ("2024", "b")
+
+
+def test_a_default_edited_in_the_file_keeps_the_fields_type(monkeypatch):
+    source = Path(cfg_module.__file__).read_text().replace("clip_norm: float = 3.0", "clip_norm: float = 3")
+    edited = types.ModuleType("edited_cfg")
+    sys.modules["edited_cfg"] = edited
+    exec(source, edited.__dict__)
+    assert edited.parse(["--clip_norm=2.5"]).clip_norm == 2.5
+    exec(source.replace("epochs: int = 40", 'epochs: int = "40"'), edited.__dict__)
+    with pytest.raises(ValueError, match="epochs = '40' is a str, expected int"):
+        edited.Config()
+    del sys.modules["edited_cfg"]
 
 
 def test_every_preset_is_valid_and_every_field_survives_a_round_trip():
@@ -45,6 +61,8 @@ def test_every_preset_is_valid_and_every_field_survives_a_round_trip():
         (["--workers=-1"], "expected 0 or more"),
         (["--val_share=1"], "between 0 and 1"),
         (["--flip_p=2"], "expected at most 1"),
+        (["--fusion_weights=a,1"], "expected numbers divided by commas, got 'a'"),
+        (["--data_root="], "at least one folder"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(words, message):
@@ -56,6 +74,8 @@ def test_wrong_words_are_refused_in_one_line(words, message):
 def test_a_wrong_type_edited_into_the_file_is_refused():
     with pytest.raises(ValueError, match="epochs = '3' is a str, expected int"):
         Config(epochs="3")
+    with pytest.raises(ValueError, match="expected numbers"):
+        Config(decoder_channels=("a", 1, 2))
     assert Config(lr=1).lr == 1.0 and isinstance(Config(lr=1).lr, float)  # an int may serve for a float
 
 

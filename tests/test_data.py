@@ -6,6 +6,7 @@ import torch
 from conftest import run_cli, write_pair
 
 import data
+import train
 from cfg import Config
 from data import (
     PairDataset,
@@ -58,6 +59,16 @@ def test_files_come_in_natural_order(tmp_path):
     assert [pair.seis.name for pair in find_pairs([tmp_path])] == ["data1.npy", "data9.npy", "data10.npy"]
 
 
+def test_files_of_both_precisions_mix_as_float32(tmp_path):
+    seis, _ = write_pair(tmp_path, "FlatVel_A", 1, n=1, dtype=np.float16)
+    full, _ = write_pair(tmp_path, "FlatVel_A", 2, n=1, dtype=np.float32)
+    items = [(pair, 0) for pair in find_pairs([tmp_path])]
+    assert PairDataset(items[:1])[0][0].dtype == torch.float16
+    mixed = PairDataset(items)
+    assert mixed[0][0].dtype == mixed[1][0].dtype == torch.float32
+    assert torch.equal(mixed[1][0], torch.from_numpy(np.load(full)[0]))
+
+
 def test_labels_read_twice_are_unchanged(tmp_path):
     write_pair(tmp_path, "FlatVel_A", n=1)
     items = [(find_pairs([tmp_path])[0], 0)]
@@ -80,6 +91,10 @@ def broken(kind, root):
     if kind == "not npy":
         seis.write_bytes(b"PK garbage")
         return seis, "not a .npy file"
+    if kind == "archive":
+        np.savez(root / "x.npz", array)
+        os.replace(root / "x.npz", seis)
+        return seis, "an .npz archive"
     if kind == "empty file":
         seis.write_bytes(b"")
         return seis, "not a .npy file"
@@ -114,7 +129,7 @@ def broken(kind, root):
 
 
 KINDS = ["no velocity", "truncated", "not npy", "empty file", "shape", "dtype", "count", "nan", "infinity"]
-KINDS += ["km/s", "family", "other files"]
+KINDS += ["archive", "km/s", "family", "other files"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +251,7 @@ def test_the_early_mode_keeps_slow_waves_and_stops_those_that_would_alias():
     assert plain_sampling.std() > 0.5  # what the low-pass is for
 
 
-def test_a_bad_sample_of_a_large_set_is_found_when_read(tmp_path, monkeypatch):
+def test_a_bad_sample_of_a_large_set_is_found_when_read(tmp_path, monkeypatch, refuses):
     monkeypatch.setattr(data, "FULL_CHECK_GB", 0)
     seis, _ = write_pair(tmp_path, "FlatVel_A", n=7)
     array = np.load(seis)
@@ -246,3 +261,7 @@ def test_a_bad_sample_of_a_large_set_is_found_when_read(tmp_path, monkeypatch):
     check_values([pair])  # samples 0, 3 and 6 only
     with pytest.raises(ValueError, match="sample 1 of the seismic"):
         read_sample(pair, 1)
+    # a loader's worker process finds it, and it is still one line
+    words = [f"--data_root={tmp_path}", f"--run_root={tmp_path / 'runs'}", "--workers=1", "--split=share"]
+    words += ["--batch_size=2", "--arch=seisnext", "--head=perfect", "--width=16", "--threads=1"]
+    refuses(train.main, *words, words=[f"error: {seis}: sample 1 of the seismic holds NaN or infinity"])

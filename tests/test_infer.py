@@ -153,8 +153,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, checkpoint, refuses)
     save_checkpoint(tmp_path / "empty.pt", {"epoch": 3})
     refuse("--input", good, ckpt=tmp_path / "empty.pt", words=["empty.pt: holds no weights"])
     refuse("--input", good, "--width=32", words=["small.pt: does not fit this network"])
-    refuse("--input", good, "--out", checkpoint / "s.csv", words=["small.pt: cannot be read or written"])
-    refuse("--input", good, "--save_maps", checkpoint / "maps", words=["maps: cannot be read or written"])
+    refuse("--input", good, "--out", checkpoint / "s.csv", words=["small.pt: cannot be written"])
+    refuse("--input", good, "--out", good, words=["good: is a folder; give a file"])
+    (tmp_path / "short").mkdir()
+    _, vel = write_pair(tmp_path / "short", "FlatVel_A", n=3)
+    np.save(vel, np.load(vel)[:2])
+    refuse("--input", tmp_path / "short", "--truth", tmp_path / "short", words=[vel, "2 maps, fewer than"])
+    refuse("--input", good, "--save_maps", checkpoint / "maps", words=["maps: cannot be written"])
     for name, array, words in (
         (
             "shape",

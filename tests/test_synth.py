@@ -306,6 +306,16 @@ def test_leftover_of_another_configuration_is_refused_with_the_difference(tmp_pa
     assert files(tmp_path) == before
 
 
+def test_a_finished_set_made_on_another_device_is_good_and_a_half_made_one_is_not(tmp_path, cheap):
+    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+    record = tmp_path / "synth.json"
+    record.write_text(record.read_text().replace('"cpu"', '"cuda"'))
+    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+    next(tmp_path.rglob("data1.npy")).unlink()
+    with pytest.raises(ValueError, match="device was cuda, now cpu"):
+        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+
+
 def test_one_family_in_the_way_stops_all_before_any_is_noted(tmp_path, cheap):
     synth.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
     before = files(tmp_path)

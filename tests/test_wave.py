@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import warnings
@@ -290,14 +289,13 @@ def test_uninitialised_memory_is_never_read(size, n_pad, n_samples, monkeypatch)
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_a_bit(threads):
-    before = torch.get_num_threads()
-    vel = rough_maps(dtype=torch.float32)
-    torch.set_num_threads(threads)
-    got = outcomes(vel, SMALL)
+def test_threads_do_not_change_a_bit():
+    before, vel, got = torch.get_num_threads(), rough_maps(dtype=torch.float32), []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        got.append(outcomes(vel, SMALL))
     torch.set_num_threads(before)
-    for a, b in zip(got, outcomes(vel, SMALL), strict=True):
+    for a, b in zip(*got, strict=True):
         assert torch.equal(a, b)
 
 
@@ -319,14 +317,16 @@ def test_simulates_in_forked_workers_too():
 
 
 def test_memory_stays_flat():
-    def work(n):
+    def resident_mib(n):
         for _ in range(n):
             vel = rough_maps(2, dtype=torch.float32).requires_grad_()
             simulate(vel, acquisition=SMALL).square().sum().backward()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    start = work(20)
-    assert work(150) - start < 4  # one run's checkpoints alone take more than that
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system does not tell a process's memory in /proc")
+    start = resident_mib(20)
+    assert resident_mib(150) - start < 20  # keeping the checkpoints of 150 runs takes ten times that
 
 
 TRITON = """
