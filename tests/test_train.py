@@ -123,10 +123,10 @@ def test_two_ranks_validate_to_the_same_mae_as_one(files, finished):
     assert tables[0] == tables[1] and [row[1] for row in tables[0]] == ["3", "3", "6"]
 
 
-def test_two_ranks_of_two_train_like_one_of_four(files, tmp_path):
+def test_two_ranks_train_like_one_of_twice_the_batch_over_20_steps(files, tmp_path):
     # no batch norm: its statistics are each rank's own
     unet = ("--arch=unet", "--head=crop", "--backbone=convnext_atto", "--pretrained=false")
-    args = (f"--data_root={files}", "--epochs=1", "--lr=1e-3", *unet)
+    args = (f"--data_root={files}", "--epochs=5", "--val_every=5", "--lr=1e-4", *unet)
     apart_program = tmp_path / "apart.py"  # the negative control: gradients are not averaged
     apart_program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -140,16 +140,18 @@ def test_two_ranks_of_two_train_like_one_of_four(files, tmp_path):
     )
     runs = {}
     for name, world, options in (
-        ("one", 1, ["--batch_size=4"]),
-        ("two", 2, ["--batch_size=2"]),
-        ("accumulated", 1, ["--batch_size=2", "--accumulate=2"]),
-        ("alone", 2, ["--batch_size=2"]),
+        ("one", 1, ["--batch_size=2"]),
+        ("two", 2, ["--batch_size=1"]),
+        ("accumulated", 1, ["--batch_size=1", "--accumulate=2"]),
+        ("alone", 2, ["--batch_size=1"]),
     ):
         program = apart_program if name == "alone" else ROOT / "train.py"
         result = torchrun(world, *args, *options, f"--run_root={tmp_path / name}", program=program)
         assert result.returncode == 0, result.stderr
-        runs[name] = load_checkpoint(tmp_path / name / "001-full" / "last.pt")["model"]
-    cfg = Config(**load_checkpoint(tmp_path / "one" / "001-full" / "last.pt")["cfg"])
+        state = load_checkpoint(tmp_path / name / "001-full" / "last.pt")
+        assert state["progress"]["step"] == 20
+        runs[name] = state["model"]
+    cfg = Config(**state["cfg"])
     train.seed_all(cfg.seed)
     start = Trainer(cfg, CPU, 1).network.state_dict()
     flat = {name: torch.cat([(w[k] - start[k]).flatten() for k in start]) for name, w in runs.items()}
