@@ -193,6 +193,7 @@ def bench_wave(args):
         contenders["deepwave"] = deepwave_simulate
     except ImportError:
         print("deepwave is not installed (pip install deepwave): its rows are left out")
+    contenders = {name: contenders[name] for name in args.who.split(",") if name in contenders}
     bandwidth = memory_bandwidth(device)
     processor = (
         torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
@@ -338,6 +339,7 @@ def main(argv):
         "--maps", metavar="FILE", help=".npy or .npz of velocity maps; default: two layered ones"
     )
     sub.add_argument("--batch", type=lambda s: [int(b) for b in s.split(",")], default=[1, 8], metavar="1,8")
+    sub.add_argument("--who", default="ours,plain,deepwave", help="contenders, of ours, plain and deepwave")
     sub.add_argument("--repeats", type=int, default=5)
     sub.add_argument("--threads", type=int, default=torch.get_num_threads())
     sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
