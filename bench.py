@@ -181,6 +181,7 @@ def active_updates(vel, acquisition=wave.OPENFWI):
 
 
 def bench_wave(args):
+    """Simulation and its gradient against the plain loop and deepwave, by turns."""
     device = torch.device(args.device)
     start = time.perf_counter()
     if device.type == "cpu":

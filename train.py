@@ -288,8 +288,6 @@ def check_config(cfg):
     check_model(cfg)
     parse_family_weights(cfg.family_weights)
     check_writable(cfg.run_root)
-    if not cfg.synth_per_family:
-        find_pairs((*cfg.data_root, *cfg.val_root), cfg.families)
 
 
 def launch(cfg, argv):
@@ -306,6 +304,8 @@ def launch(cfg, argv):
             f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
         )
     if n > 1:
+        if not cfg.synth_per_family:  # one line now rather than one from every process
+            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families)
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, *argv]
         os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on
 

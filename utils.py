@@ -293,10 +293,8 @@ def append_json(path, record):
 class Score:
     """Mean absolute error per family, summed per sample in float64."""
 
-    def __init__(self, device="cpu"):
-        # float64 is not to be had on MPS
-        self.sums = torch.zeros(len(FAMILIES) + 1, 2, dtype=torch.float64)
-        self.device = device
+    def __init__(self):
+        self.sums = torch.zeros(len(FAMILIES) + 1, 2, dtype=torch.float64)  # on the CPU: MPS has no float64
 
     def add(self, prediction, target, family):
         """Add maps (B, 1, Z, X) in m/s; family (B,) indexes FAMILIES, -1 = unknown."""

@@ -8,12 +8,31 @@ import numpy as np
 import pytest
 import torch
 
+import data
 from utils import run_program
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 torch.set_num_threads(1)  # tests are small; more threads only wait for each other
+
+
+# a network and a schedule that train in seconds
+SMALL = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
+SMALL += [
+    "--split=share",
+    "--val_share=0.34",
+    "--warmup_steps=2",
+    "--log_every=1",
+    "--device=cpu",
+    "--threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_maps():
+    """Tests write other files under names that were read before."""
+    data.open_array.cache_clear()
 
 
 @pytest.fixture(scope="session")

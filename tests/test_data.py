@@ -24,11 +24,6 @@ from data import (
 from utils import FAMILIES, Process, mirror_survey
 
 
-@pytest.fixture(autouse=True)
-def fresh_maps():
-    data.open_array.cache_clear()
-
-
 @pytest.mark.parametrize("above", ["data", "seis", "model/vel", "with space/ünïcode", "data/data"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_every_layout_is_found_under_any_folder_names(tmp_path, above, dtype):

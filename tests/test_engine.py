@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import write_pair
+from conftest import SMALL, write_pair
 
 import data
 import train
@@ -22,16 +22,7 @@ from utils import FAMILIES, Process, load_checkpoint, pick_precision, run_progra
 
 CPU = Process(torch.device("cpu"))
 NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}
-OPTIONS = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
-OPTIONS += [
-    "--split=share",
-    "--val_share=0.34",
-    "--warmup_steps=2",
-    "--log_every=1",
-    "--device=cpu",
-    "--threads=1",
-]
-OPTIONS += ["--batch_size=2", "--epochs=2", "--name=engine"]
+OPTIONS = [*SMALL, "--batch_size=2", "--epochs=2", "--name=engine"]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +247,10 @@ def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.delenv("RANK", raising=False)
-    train.launch(Config(), ["--lr=1"])
+    with pytest.raises(ValueError, match="openfwi: no such folder"):
+        train.launch(Config(), [])
+    assert not commands
+    train.launch(Config(synth_per_family=1), ["--lr=1"])
     assert "--nproc_per_node=3" in commands[0] and commands[0][-1] == "--lr=1"
     for cfg in (Config(gpus="1"), Config(gpus="0"), Config(device="cpu")):
         train.launch(cfg, [])

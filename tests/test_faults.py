@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_pair
+from conftest import ROOT, SMALL, write_pair
 
 import data
 import train
@@ -20,16 +20,7 @@ from trainer import Trainer
 from utils import load_checkpoint
 
 N_KILLS = int(os.environ.get("N_KILLS", 3))  # EXPERIMENTS.md has 20
-OPTIONS = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
-OPTIONS += [
-    "--split=share",
-    "--val_share=0.25",
-    "--warmup_steps=2",
-    "--log_every=1",
-    "--device=cpu",
-    "--threads=1",
-]
-OPTIONS += ["--batch_size=2", "--epochs=4", "--save_every=1", "--name=fault"]
+OPTIONS = [*SMALL, "--val_share=0.25", "--batch_size=2", "--epochs=4", "--save_every=1", "--name=fault"]
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,6 @@ from utils import Process, mirror_survey, save_checkpoint
 SMALL = {"arch": "seisnext", "head": "perfect", "width": 16}
 
 
-@pytest.fixture(autouse=True)
-def fresh_maps():
-    data.open_array.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A bare state dict of an untrained network, as the public ones are."""

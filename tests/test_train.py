@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_pair
+from conftest import ROOT, SMALL, write_pair
 
 import data
 import train
@@ -16,20 +16,6 @@ from trainer import Trainer
 from utils import Process, load_checkpoint, pick_precision
 
 CPU = Process(torch.device("cpu"))
-SMALL = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
-SMALL += [
-    "--split=share",
-    "--val_share=0.34",
-    "--warmup_steps=2",
-    "--log_every=1",
-    "--device=cpu",
-    "--threads=1",
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_maps():
-    data.open_array.cache_clear()
 
 
 @pytest.fixture(scope="module")
