@@ -316,6 +316,8 @@ def _small(seis):
 
 
 def flip_batch(seis, vel, chosen):
-    """The baseline's flip of the chosen samples: seis (B, S, T, R), vel (B, 1, Z, X), chosen (B,) bool."""
-    chosen = chosen.to(seis.device)[:, None, None, None]
-    return torch.where(chosen, mirror_survey(seis), seis), torch.where(chosen, vel.flip(3), vel)
+    """The baseline's flip of the `chosen` (B,) samples: seis (B, S, T, R) -> float32, vel (B, 1, Z, X)."""
+    flipped = torch.empty_like(seis, dtype=torch.float32)
+    for sample, source, flip in zip(flipped, seis, chosen.tolist(), strict=True):
+        sample.copy_(mirror_survey(source[None])[0] if flip else source)  # float16 until here: half the bytes
+    return flipped, torch.where(chosen.to(vel.device)[:, None, None, None], vel.flip(3), vel)

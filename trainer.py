@@ -107,8 +107,7 @@ class Trainer:
     def prepare(self, micro, seis, vel, family):
         """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
         cfg, process = self.cfg, self.process
-        seis = seis.to(process.device, non_blocking=True).float()
-        vel, family = (t.to(process.device, non_blocking=True) for t in (vel, family))
+        seis, vel, family = (t.to(process.device, non_blocking=True) for t in (seis, vel, family))
         draws = torch.rand(
             cfg.accumulate,
             process.world,
