@@ -242,6 +242,7 @@ class SeisNeXt(UNet):
         return encoder, encoder.widths
 
     def forward(self, seis, extras=False):
+        check_input(seis, self.shape)
         return super().forward(seis.contiguous(memory_format=torch.channels_last), extras)
 
 
@@ -310,6 +311,8 @@ def check_model(cfg):
         f"--decoder_channels={widths}: expected {N_LEVELS} widths, as 128,64,32": (
             len(widths) != N_LEVELS or not all(type(n) is int and n > 0 for n in widths)
         ),
+        f"--width={cfg.width}: expected 1 or more": cfg.width < 1,
+        f"--drop_path={cfg.drop_path}: expected a share below 1": cfg.drop_path >= 1,
         f"--scse divides widths by 16, got --decoder_channels={widths}; use 16 or more": (
             cfg.scse and min(widths, default=0) < 16
         ),
