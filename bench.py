@@ -21,9 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import bench_data
+import realism
 import wave_engine
 from cfg import parse
-from data import GATHER_SHAPE, MAP_SHAPE, find_pairs, make_loaders
+from data import whole
+from files import find_pairs
+from loader import make_loaders
+from npy import GATHER_SHAPE, MAP_SHAPE
+from submission import HEADER, write_submission
 from trainer import Stop, Trainer, train_epoch
 from utils import processes, run_program
 from watch import BadSteps, Log, peak_memory_gb
@@ -288,7 +294,7 @@ def bench_train(args, options):
                 Path(folder, "FlatVel_A", name, f"{name}1.npy"),
                 (3000 + values if kind == np.float32 else values).astype(kind),
             )
-        items = [(pair, i) for pair in find_pairs([folder]) for i in range(n)]
+        items = whole(find_pairs([folder]))
         loader, _ = make_loaders(cfg, process, items, items)
         trainer, bare = Trainer(cfg, process, args.steps), Trainer(cfg, process, args.steps)
         log = Log(Path(folder), trainer)
@@ -332,6 +338,31 @@ def bench_train(args, options):
         Path(args.json).write_text(json.dumps(result, indent=1))
 
 
+def bench_csv(n):
+    """Write n maps as the competition's CSV; the first ones by a simple writer too, which must agree."""
+    maps = np.random.default_rng(0).uniform(1500, 4500, (64, 70, 70)).astype(np.float32)
+    oids = [f"{i:010x}" for i in range(n)]
+
+    def simple():
+        lines = [HEADER]
+        for oid, vel in zip(oids, maps, strict=False):
+            for y, row in enumerate(vel.astype(float)):
+                lines.append(f"{oid}_y_{y}," + ",".join(f"{v:.2f}" for v in row[1::2]) + "\n")
+        return "".join(lines).encode()
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "submission.csv")
+        cpu = torch.device("cpu")
+        simple_s = seconds(simple, cpu) * n / len(maps)
+        ours_s = seconds(lambda: write_submission(path, oids, [maps[i % len(maps)] for i in range(n)]), cpu)
+        with open(path, "rb") as file:
+            expected = simple()
+            assert file.read(len(expected)) == expected, "the two writers disagree"
+        n_bytes = path.stat().st_size
+    print(f"{70 * n} rows, {n_bytes / 1e9:.2f} GB: {ours_s:.1f} s, {n_bytes / ours_s / 1e6:.0f} MB/s; "
+          f"a simple writer would take {simple_s:.0f} s; identical bytes")  # fmt: skip
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
@@ -354,11 +385,23 @@ def main(argv):
     sub.add_argument("--steps", type=int, default=16, help="a turn")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--json", metavar="FILE", help="write every number there")
+    sub = what.add_parser("csv", help="the submission's writer against a simple one")
+    sub.add_argument("--n", type=int, default=65_818, help="gathers; the competition's")
+    sub = what.add_parser("data", help="the loader against bare reading of the same files")
+    bench_data.add_arguments(sub)
+    sub = what.add_parser("realism", help="a network trained to tell real maps from synthetic ones")
+    realism.add_arguments(sub)
     args, options = parser.parse_known_args(argv)
     if args.what == "train":
         return bench_train(args, options)
     if options:
         parser.error(f"unknown option {options[0]}")
+    if args.what == "csv":
+        return bench_csv(args.n)
+    if args.what == "data":
+        return bench_data.bench_data(args)
+    if args.what == "realism":
+        return realism.bench_realism(args)
     torch.set_num_threads(args.threads)
     if args.soak:
         soak(args.soak, args.device)

@@ -30,11 +30,39 @@ class Config:
     split: str = "file"  # file = whole files, as the baseline; share = the last samples of each file
     val_files: int = 2  # files a family for validation (the baseline's fold 0), never over half of them
     val_share: float = 0.1  # share of samples for validation, where a family has one file or split=share
-    workers: int = 4  # loader processes a rank
+    skip_bad_files: bool = (
+        False  # go on without files that cannot be read, saying and counting what is skipped
+    )
+    percent: tuple = ()  # of the training samples, nested, by seed: 30, or as FlatVel_A:10,Style_B:50
+    sample_weights: tuple = ()  # how often families come, as Style_B:2; test_mix = the competition's
+    workers: int = 4  # loader threads a rank; each holds a batch
     flip_p: float = 0.5  # probability of the baseline's flip (inexact for the centre source)
     synth_per_family: int = (
         0  # > 0: make this many maps of each family with synth.py where data_root lacks them
     )
+
+    # augmentation of the gathers, on the device: each kind's probability for a sample, and its range
+    stretch_p: float = 0.0  # velocity-time scaling: v·c with time t/c, the wavelet restored
+    stretch: tuple = (0.9, 1.1)  # of c; each map keeps within 1500...4500 m/s
+    shift_p: float = 0.0  # in time
+    shift: int = 3  # at most so many samples (ms) either way
+    gain_p: float = 0.0  # one factor for the whole gather
+    gain: tuple = (0.8, 1.25)
+    noise_p: float = 0.0  # Gaussian
+    noise_db: tuple = (10, 40)  # signal-to-noise ratio
+    noise_coloured: float = 0.5  # share of the noisy samples whose noise lies in the wavelet's band
+    noise_spread: float = 0.3  # standard deviation of the logarithm of the traces' noise levels
+    shot_drop_p: float = 0.0  # shots set to zero
+    shot_drop: int = 1  # at most so many of the five
+    receiver_drop_p: float = 0.0  # receivers set to zero
+    receiver_drop: float = 0.1  # at most this share of them
+
+    # online simulation: training pairs made while training
+    online: float = 0.0  # share of each step's samples that are simulated, with exact mirroring; 0 = off
+    online_maps: str = "both"  # new = of `families` (all ten where empty), varied = training maps changed
+    online_pairs: int = 4096  # not on CUDA: so many on disk, 0.7 MB each, then they come round again
+    online_cache: str = ""  # not on CUDA: their folder; empty = <run_root>/online_cache
+    online_workers: int = 1  # not on CUDA: processes a rank that simulate them, one thread each
 
     # network
     arch: str = "unet"  # unet = the baseline's family, seisnext = ours, inversionnet = the OpenFWI paper's
@@ -100,10 +128,27 @@ class Config:
     deterministic: bool = False  # the same bits on every run on CUDA too, slower
 
     # inference
-    ckpt: str = ""  # best.pt, last.pt or a public state dict
+    ckpt: str = ""  # best.pt, last.pt or a public state dict; infer.py averages several: a.pt,b.pt
     input: str = ""  # a .npy file or a folder of them
     out: str = "submission.csv"
-    tta: bool = False  # average with the mirrored survey
+    tta: tuple = ()  # views averaged with the plain one: mirror, noise, scale, stretch; bare = mirror
+    tta_weights: tuple = ()  # of the views, as mirror:1,noise:0.5; the others as in tta.py
+    ensemble_weights: tuple = ()  # one a checkpoint; empty = those of --use, else equal
+    combine: str = "mean"  # how views, and checkpoints, become one map: mean, median, adaptive
+    post: tuple = ()  # steps of postprocess.py on the maps, in this order; auto = what --use found to help
+    fit: str = ""  # file to write: ensemble weights, statistics and helpful steps, fitted on --truth
+    use: str = ""  # such a file, fitted on validation data, to apply
+    refine: str = "none"  # against the observed gather: none, feedback, inversion
+    refine_rounds: int = 3  # of feedback
+    refine_step: float = 0.8  # of feedback: share of the residual put back; halved where misfit grows
+    refine_minutes: float = 10.0  # of inversion: at most so many for a gather
+    refine_iterations: int = 60  # of inversion: cell by cell, for what searches leave; 0 = searches alone
+    misfit: bool = False  # simulate the predictions; misfits into <out>.misfit.csv, label-free quality
+    flag_worst: int = 0  # list and draw so many predictions of the greatest log misfit
+    figures: str = ""  # folder for figures: best, median and worst of each family; misfit against error
+    pseudo: str = ""  # folder for a training root of predictions and their own simulated gathers
+    pseudo_misfit: float = 0.3  # predictions of a greater log misfit are left out of it
+    pseudo_family: str = "CurveVel_B"  # family they are filed under where no classifier head tells it
     save_maps: str = ""  # folder for <id>.npy, (70, 70) float32 m/s
     truth: str = ""  # folder with the true maps, to score against
 
@@ -144,8 +189,23 @@ FREE_FIELDS = (
         "log_every",
         "val_every",
     ),
+    *("online_cache", "online_workers"),
     *("save_every", "save_minutes", "wandb", "resume", "eval_only", "dry_run", "profile", "compile"),
-    *("max_bad_steps", "ckpt", "input", "out", "tta", "save_maps", "truth"),
+    *("skip_bad_files",),
+    *("max_bad_steps", "ckpt", "input", "out", "tta", "tta_weights", "ensemble_weights", "combine", "post"),
+    *(
+        "fit",
+        "use",
+        "refine",
+        "refine_rounds",
+        "refine_step",
+        "refine_minutes",
+        "refine_iterations",
+        "misfit",
+        "flag_worst",
+        "figures",
+    ),
+    *("pseudo", "pseudo_misfit", "pseudo_family", "save_maps", "truth"),
 )
 
 CHOICES = {
@@ -155,8 +215,13 @@ CHOICES = {
     "compile": ("off", "default", "max-autotune"),
     "optimizer": ("adamw", "muon"),
     "wandb": ("off", "offline", "online"),
+    "combine": ("mean", "median", "adaptive"),
+    "refine": ("none", "feedback", "inversion"),
+    "online_maps": ("new", "varied", "both"),
 }
-NUMBERS = ("decoder_channels", "fusion_weights")  # sequences of these; the others hold words
+RANGES = ("stretch", "gain", "noise_db")  # lowest and highest value
+NUMBERS = ("decoder_channels", "fusion_weights", "ensemble_weights", *RANGES)  # the others hold words
+BARE = {"tta": {"true": ("mirror",), "false": ()}}  # sequences that may stand as a switch
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 POSITIVE = (
     "batch_size",
@@ -168,6 +233,8 @@ POSITIVE = (
     "val_every",
     "save_every",
     "lr",
+    "online_pairs",
+    "online_workers",
 )
 
 PRESETS = {
@@ -212,7 +279,15 @@ def _check_choices(cfg):
         raise ValueError(f"--val_share={cfg.val_share}: expected a share between 0 and 1")
     if cfg.gpus != "auto" and not cfg.gpus.isdigit():
         raise ValueError(f"--gpus={cfg.gpus}: expected a number or auto")
-    for name, top in (("flip_p", 1), ("constant_share", 0.999), ("ema_decay", 0.99999)):
+    for name in RANGES:
+        values = getattr(cfg, name)
+        if len(values) != 2 or values[0] > values[1] or (name != "noise_db" and values[0] <= 0):
+            raise ValueError(f"--{name}={','.join(map(str, values))}: expected lowest,highest, positive ones")
+    if not cfg.stretch[0] <= 1 <= cfg.stretch[1]:
+        raise ValueError(f"--stretch={cfg.stretch[0]},{cfg.stretch[1]}: expected a range that holds 1")
+    tops = {name: 1 for name in vars(cfg) if name.endswith("_p")} | {"noise_coloured": 1, "online": 0.99}
+    tops |= {"shot_drop": 4, "receiver_drop": 0.9, "constant_share": 0.999, "ema_decay": 0.99999}
+    for name, top in tops.items():
         if getattr(cfg, name) > top:
             raise ValueError(f"--{name}={getattr(cfg, name)}: expected at most {top}")
 
@@ -236,6 +311,8 @@ def _convert(name, text, kind):
         if text.lower() in BOOLS:
             return BOOLS[text.lower()]
         raise ValueError(f"--{name}={text}: expected true or false")
+    if text.lower() in BARE.get(name, ()):
+        return BARE[name][text.lower()]
     if kind is tuple:
         words = [w for w in text.split(",") if w]
         return tuple(_number(name, w) for w in words) if name in NUMBERS else tuple(words)
@@ -255,11 +332,13 @@ def parse(argv):
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if not word.startswith("--") or (name not in kinds and name != "preset"):
             raise ValueError(f"unknown option {word.partition('=')[0]}{_nearest(name, kinds, '--')}")
         kind = kinds.get(name, str)
         if not equals:
-            if kind is bool and (not words or words[0].lower() not in BOOLS):
+            is_switch = name in BARE and (not words or words[0].startswith("--"))
+            if is_switch or kind is bool and (not words or words[0].lower() not in BOOLS):
                 text = "true"
             elif words and not words[0].startswith("--"):
                 text = words.pop(0)

@@ -1,181 +1,59 @@
-"""OpenFWI and Kaggle files: found, paired, checked, split, read, augmented.
+"""Which samples to train and validate on; input modes. The program `python data.py` is inspect_data.py's."""
 
-Layouts (n samples a file, 500 in OpenFWI), under any folders:
-    <Family>/data/data{N}.npy    (n, 5, 1000, 70)    <Family>/model/model{N}.npy  (n, 1, 70, 70)
-    <Family>/seis{K}_1_{M}.npy   (n, 5, 1000, 70)    <Family>/vel{K}_1_{M}.npy    (n, 1, 70, 70)
-Seismic and velocity are float16, float32 or float64; velocity in m/s.
-"""
-
-import functools
-import os
-import re
-import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from files import MODE_SHAPES, check_values, find_pairs
+from npy import MAP_SHAPE
 from utils import FAMILIES, check_family, mirror_survey
 
-GATHER_SHAPE, MAP_SHAPE = (5, 1000, 70), (1, 70, 70)
-FULL_CHECK_GB = 4  # sets up to this size are read whole at start; of larger ones three samples a file
-SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy")
-VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy")
-VEL_PREFIX = {"data": "model", "seis": "vel"}
+# ---------------------------------------------------------------- items and their split
 
 
-@dataclass(frozen=True)
-class FilePair:
-    """A seismic file and its velocity file; `n` samples each."""
+class Items:
+    """Samples as [(pair, index), …], held as one array (n, 2): half a million take 4 MB and no objects."""
 
-    seis: Path
-    vel: Path
-    family: str
-    n: int
-    is_half: bool  # seismic in float16
+    def __init__(self, pairs, rows):
+        self.pairs, self.rows = pairs, rows  # rows: number of the pair, index in it
 
+    @classmethod
+    def of(cls, samples):
+        """From any sequence of (pair, index)."""
+        numbers = {pair: k for k, pair in enumerate(dict.fromkeys(pair for pair, _ in samples))}
+        rows = np.array([(numbers[pair], index) for pair, index in samples], np.int32).reshape(-1, 2)
+        return cls(list(numbers), rows)
 
-# ---------------------------------------------------------------- finding and checking
+    def __len__(self):
+        return len(self.rows)
 
+    def __getitem__(self, i):
+        if isinstance(i, slice | np.ndarray):
+            return Items(self.pairs, self.rows[i])
+        k, index = self.rows[i].tolist()
+        return self.pairs[k], index
 
-@functools.lru_cache(maxsize=64)  # a map holds its file open: 64 a process keeps far from the usual limits
-def open_array(path):
-    """Memory-map a .npy file; ValueError names it when it is no plain array."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: truncated or not a .npy file ({error}); copy it again") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: an .npz archive, not a .npy file; unpack it")
-    return array
-
-
-def check_array(path, shapes, what):
-    """Open a .npy file of floats in one of `shapes` (None = any length); ValueError says got and expected."""
-    array = open_array(path)
-    if array.dtype not in (np.float16, np.float32, np.float64):
-        raise ValueError(f"{path}: dtype {array.dtype}, expected float16, float32 or float64")
-    fits = [
-        len(shape) == array.ndim and all(a in (None, b) for a, b in zip(shape, array.shape, strict=False))
-        for shape in shapes
-    ]
-    if not any(fits) or not array.size:
-        expected = " or ".join(str(shape).replace("None", "n") for shape in shapes)
-        raise ValueError(f"{path}: shape {array.shape}, expected {expected} for {what}")
-    return array
+    @property
+    def families(self):
+        """Each sample's index in FAMILIES: (n,)."""
+        return np.array([FAMILIES.index(pair.family) for pair in self.pairs], np.int64)[self.rows[:, 0]]
 
 
-def check_finite(values, path, index, what):
-    """Raise ValueError naming file and sample unless every value is finite."""
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: sample {index} of the {what} holds NaN or infinity; copy or make it again")
+def whole(pairs):
+    """Every sample of these pairs."""
+    return _spans(pairs, [(k, 0, pair.n) for k, pair in enumerate(pairs)])
 
 
-def family_in(path):
-    """The family named by the nearest folder above a file, or None."""
-    names = {family.lower(): family for family in FAMILIES}
-    return next((names[folder.name.lower()] for folder in path.parents if folder.name.lower() in names), None)
-
-
-def family_of(path):
-    """As `family_in`, but a file under no family's folder raises ValueError."""
-    if family := family_in(path):
-        return family
-    folder = path.parent.parent if path.parent.name in VEL_PREFIX else path.parent
-    try:
-        return check_family(folder.name)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; rename the folder to its family") from None
-
-
-def find_files(root, pattern):
-    """Files below `root` whose name fits, in natural order; links to folders are followed."""
-    found = [
-        Path(folder) / name
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if pattern.fullmatch(name)
-    ]
-    return sorted(found, key=lambda p: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))])
-
-
-def velocity_of(seis):
-    """The velocity file of a seismic file: beside it, or in the `model` folder beside its own."""
-    prefix, number = SEIS_NAME.fullmatch(seis.name).groups()
-    name = f"{VEL_PREFIX[prefix]}{number}.npy"
-    for vel in (seis.parent.parent / VEL_PREFIX[prefix] / name, seis.parent / name):
-        if vel.is_file():
-            return vel
-    raise ValueError(f"{seis}: no velocity file {name} beside it or in a folder {VEL_PREFIX[prefix]}/")
-
-
-def find_pairs(roots, families=()):
-    """Find and check every file pair under `roots`; headers only.
-
-    Raises ValueError, naming the file, for missing or empty folders, a seismic
-    file without velocity, shapes, dtypes and counts that do not fit, an unknown
-    family, and families asked for that are not there.
-    """
-    wanted = [check_family(family) for family in families]
-    pairs = []
-    for root in roots:
-        if not Path(root).is_dir():
-            raise ValueError(
-                f"{root}: no such folder; give the OpenFWI or Kaggle training files by --data_root=DIR"
-            )
-        files = find_files(root, SEIS_NAME)
-        if not files:
-            raise ValueError(
-                f"{root}: no data{{N}}.npy or seis{{K}}_1_{{M}}.npy below it; see the README for the layout"
-            )
-        for seis in files:
-            family = family_of(seis)
-            if wanted and family not in wanted:
-                continue
-            vel = velocity_of(seis)
-            gathers = check_array(seis, [(None, *GATHER_SHAPE)], "shot gathers")
-            n = len(gathers)
-            n_vel = len(check_array(vel, [(None, *MAP_SHAPE)], "velocity maps"))
-            if n != n_vel:
-                raise ValueError(f"{seis}: {n} samples, but {vel} has {n_vel}; copy both again")
-            pairs.append(FilePair(seis, vel, family, n, gathers.dtype == np.float16))
-    missing = [family for family in wanted if family not in {pair.family for pair in pairs}]
-    if missing:
-        raise ValueError(f"{', '.join(map(str, roots))}: no files of {', '.join(missing)}; see --families")
-    return pairs
-
-
-def check_values(pairs):
-    """Read the values for NaN, infinity and wrong units: all of a small set, some of a large one."""
-    total_gb = sum(pair.seis.stat().st_size for pair in pairs) / 1e9
-    for pair in pairs:
-        some = range(pair.n) if total_gb <= FULL_CHECK_GB else sorted({0, pair.n // 2, pair.n - 1})
-        for index in some:
-            read_sample(pair, index)
-        vel = open_array(pair.vel)[some[0]]
-        if not 300 <= vel.min() <= vel.max() <= 10_000:
-            raise ValueError(
-                f"{pair.vel}: {vel.min():g} to {vel.max():g}, expected velocities in m/s (1500 to 4500)"
-            )
-
-
-def read_sample(pair, index):
-    """Sample of a file pair: seis (5, 1000, 70) and vel (1, 70, 70), fresh copies, finite."""
-    arrays = []
-    for path, what in ((pair.seis, "seismic"), (pair.vel, "velocity")):
-        arrays.append(np.array(open_array(path)[index]))  # a copy: nobody can change the file's page
-        check_finite(arrays[-1], path, index, what)
-    return arrays
-
-
-# ---------------------------------------------------------------- split
+def _spans(pairs, spans):
+    """Items of (number of the pair, first index, end)."""
+    rows = [np.stack([np.full(end - first, k), np.arange(first, end)], 1) for k, first, end in spans]
+    return Items(pairs, np.concatenate([np.empty((0, 2), np.int32), *rows]).astype(np.int32))
 
 
 def split_pairs(pairs, cfg):
-    """Split file pairs into training and validation items [(pair, sample index), …].
+    """Split file pairs into training and validation `Items`.
 
     split=file takes `val_files` whole files of each family, evenly spaced in
     name order (so that all layer counts of the Fault files stay in training);
@@ -183,29 +61,85 @@ def split_pairs(pairs, cfg):
     """
     train, val = [], []
     for family in dict.fromkeys(pair.family for pair in pairs):
-        files = [pair for pair in pairs if pair.family == family]
+        files = [(k, pair.n) for k, pair in enumerate(pairs) if pair.family == family]
         n_val = min(cfg.val_files, len(files) // 2)
         if cfg.split == "file" and len(files) > 1:
-            held = {int((k + 0.5) * len(files) / n_val) for k in range(n_val)}
-            for k, pair in enumerate(files):
-                (val if k in held else train).extend((pair, i) for i in range(pair.n))
+            held = {int((j + 0.5) * len(files) / n_val) for j in range(n_val)}
+            for j, (k, n) in enumerate(files):
+                (val if j in held else train).append((k, 0, n))
         else:
-            for pair in files:
-                n_train = pair.n - max(1, round(pair.n * cfg.val_share))
-                train.extend((pair, i) for i in range(n_train))
-                val.extend((pair, i) for i in range(n_train, pair.n))
-    return train, val
+            for k, n in files:
+                n_train = n - max(1, round(n * cfg.val_share))
+                train.append((k, 0, n_train))
+                val.append((k, n_train, n))
+    return _spans(pairs, train), _spans(pairs, val)
+
+
+def family_numbers(option, words, default):
+    """("30", "Style_B:2", …) -> {family: number}; a bare number stands for all that are not named.
+
+    Raises ValueError for other words, unknown families and negative numbers.
+    """
+    values, named = dict.fromkeys(FAMILIES, float(default)), {}
+    for word in map(str, words):
+        name, colon, number = word.rpartition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{option}={word}: expected a number of 0 or more, or FAMILY:NUMBER")
+        if colon:
+            named[check_family(name)] = value
+        else:
+            values = dict.fromkeys(FAMILIES, value)
+    return values | named
+
+
+def subsample(items, cfg):
+    """`percent` of each family's samples, chosen by the seed; fewer per cent are among more."""
+    percent, families, chosen = percents(cfg), items.families, []
+    for f, family in enumerate(FAMILIES):
+        mine = np.flatnonzero(families == f)
+        order = np.random.default_rng((cfg.seed, f)).permutation(mine)
+        chosen.append(order[: math.ceil(len(mine) * percent[family] / 100)])
+    return items[np.sort(np.concatenate(chosen))]
+
+
+def percents(cfg):
+    """{family: per cent of its samples}; raises ValueError for words that are none."""
+    percent = family_numbers("percent", cfg.percent, 100)
+    if max(percent.values()) > 100:
+        raise ValueError(f"--percent={','.join(map(str, cfg.percent))}: expected at most 100")
+    return percent
 
 
 def load_items(cfg):
-    """Training and validation items as the configuration asks, files checked."""
-    pairs = find_pairs(cfg.data_root, cfg.families)
-    check_values(pairs)
+    """Training and validation `Items` as the configuration asks, files checked."""
+    percents(cfg)  # what does not fit shows before files are read
+    pairs = good_pairs(cfg.data_root, cfg)
     if not cfg.val_root:
-        return split_pairs(pairs, cfg)
-    val_pairs = find_pairs(cfg.val_root, cfg.families)
-    check_values(val_pairs)
-    return tuple([(pair, i) for pair in some for i in range(pair.n)] for some in (pairs, val_pairs))
+        train, val = split_pairs(pairs, cfg)
+        return subsample(train, cfg), val
+    val_pairs = good_pairs(cfg.val_root, cfg)
+    if both := {pair.seis.resolve() for pair in pairs} & {pair.seis.resolve() for pair in val_pairs}:
+        raise ValueError(
+            f"{min(both)}: in both --data_root and --val_root ({len(both)} files are); "
+            "validate on files that are not trained on"
+        )
+    return subsample(whole(pairs), cfg), whole(val_pairs)
+
+
+def good_pairs(roots, cfg):
+    """File pairs under `roots`, checked, all fit for the input mode; raises ValueError for others."""
+    pairs = find_pairs(roots, cfg.families, cfg.skip_bad_files)
+    for pair in pairs:
+        if pair.mode not in ("full", cfg.mode):
+            raise ValueError(
+                f"{pair.seis}: packed for --mode={pair.mode}, asked for --mode={cfg.mode}; "
+                "give the unpacked files, or pack them for that mode"
+            )
+    return check_values(pairs, cfg.skip_bad_files)
 
 
 def mean_map(items, at_most=5000):
@@ -213,85 +147,17 @@ def mean_map(items, at_most=5000):
     some = items[:: -(-len(items) // at_most)]
     total = np.zeros(MAP_SHAPE, np.float64)
     for pair, index in some:
-        total += open_array(pair.vel)[index]
+        total += pair.maps[index]
     return torch.from_numpy((total / len(some)).astype(np.float32))
 
 
-# ---------------------------------------------------------------- loading
-
-
-class PairDataset(Dataset):
-    """Items as (seis (5, 1000, 70), vel (1, 70, 70) float32 m/s, family index, item index).
-
-    seis is float32, or float16 where all files are: half the bytes to the device.
-    """
-
-    def __init__(self, items):
-        self.items = items
-        self.dtype = np.float16 if all(pair.is_half for pair, _ in items) else np.float32
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        seis, vel = read_sample(*self.items[i])
-        family = FAMILIES.index(self.items[i][0].family)
-        seis, vel = (
-            torch.from_numpy(a.astype(k, copy=False)) for a, k in ((seis, self.dtype), (vel, np.float32))
-        )
-        return seis, vel, family, i
-
-
-class TrainBatches(Sampler):
-    """This rank's batches of one epoch, `accumulate` a step, from step `start` on.
-
-    The order depends on seed and epoch only: the samples of a step are the same
-    however they are shared among ranks and accumulated batches. What does not
-    fill a last step is dropped.
-    """
-
-    def __init__(self, n, cfg, process):
-        self.n, self.seed, self.size, self.process, self.accumulate = (
-            n,
-            cfg.seed,
-            cfg.batch_size,
-            process,
-            cfg.accumulate,
-        )
-        self.n_steps = n // (cfg.batch_size * cfg.accumulate * process.world)
-        self.epoch = self.start = 0
-
-    def __len__(self):
-        return (self.n_steps - self.start) * self.accumulate
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        for batch in range(self.start * self.accumulate, self.n_steps * self.accumulate):
-            first = (batch * self.process.world + self.process.rank) * self.size
-            yield order[first : first + self.size].tolist()
-
-
-def make_loaders(cfg, process, train_items, val_items):
-    """Training and validation loaders; validation is shared among ranks without padding."""
-    n_global = cfg.batch_size * cfg.accumulate * process.world
-    if len(train_items) < n_global or not val_items:
-        raise ValueError(
-            f"{len(train_items)} training and {len(val_items)} validation samples, expected at least "
-            f"{n_global} (batch_size × accumulate × processes) and 1; lower --batch_size or add files"
-        )
-    common = {"num_workers": cfg.workers, "pin_memory": process.device.type == "cuda"}
-    train = DataLoader(
-        PairDataset(train_items),
-        batch_sampler=TrainBatches(len(train_items), cfg, process),
-        persistent_workers=cfg.workers > 0,
-        **common,
-    )
-    mine = val_items[process.rank :: process.world]
-    return train, DataLoader(PairDataset(mine), batch_size=cfg.batch_size, **common)
+# ---------------------------------------------------------------- input modes, augmentation
 
 
 def preprocess(seis, mode):
     """Full gathers (B, 5, 1000, 70) float32 as an input mode's; raises KeyError for modes there are not.
+
+    Those of a packed copy, which have the mode's shape already, stay as they are.
 
     full: unchanged. smart_256x72: early arrivals, the first 512 samples halved to
     256 by a binomial low-pass (the signal ends near 45 Hz, 250 Hz remain), the
@@ -299,7 +165,9 @@ def preprocess(seis, mode):
     preprocessed set, area-resized to 70x70, edges repeated: (B, 5, 72, 72).
     All commute with `mirror_survey`.
     """
-    return {"full": lambda x: x, "smart_256x72": _early, "small_72x72": _small}[mode](seis)
+    if seis.shape[-2:] == MODE_SHAPES[mode][-2:]:
+        return seis
+    return {"smart_256x72": _early, "small_72x72": _small}[mode](seis)
 
 
 def _early(seis):
@@ -321,3 +189,10 @@ def flip_batch(seis, vel, chosen):
     for sample, source, flip in zip(flipped, seis, chosen.tolist(), strict=True):
         sample.copy_(mirror_survey(source[None])[0] if flip else source)  # float16 until here: half the bytes
     return flipped, torch.where(chosen.to(vel.device)[:, None, None, None], vel.flip(3), vel)
+
+
+if __name__ == "__main__":
+    import inspect_data
+    from utils import run_program
+
+    run_program(inspect_data.main)

@@ -1,237 +1,333 @@
 """Predict velocity maps: `python infer.py --ckpt runs/001-full/best.pt --input DIR --out submission.csv`.
 
 --input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files
-of (n, 5, 1000, 70), or folders of either. Options in cfg.py.
+of (n, 5, 1000, 70), or folders of either. Each network predicts all gathers;
+the predictions are joined, post-processed, refined against the wave equation
+and written. Results lie in `<out>.work/` until the output is complete: the same
+command goes on where it was stopped. Options in cfg.py.
 """
 
-import functools
-import math
-import re
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cfg import network_config, parse
-from data import (
-    FULL_CHECK_GB,
-    GATHER_SHAPE,
-    MAP_SHAPE,
-    SEIS_NAME,
-    VEL_NAME,
-    VEL_PREFIX,
-    check_array,
-    check_finite,
-    family_in,
-    find_files,
-    open_array,
-    preprocess,
+from cfg import NETWORK_FIELDS, parse
+from ensemble import Member, shares
+from gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
+from inversion import invert
+from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, mae_of, run_step, try_steps
+from pseudo import check_root, write_pseudo
+from report import (
+    by_family,
+    draw,
+    draw_families,
+    error_table,
+    print_misfits,
+    print_warnings,
+    write_misfits,
 )
-from model import build_model, load_weights, predict_tta
+from submission import MAP_FIELD, Work, fingerprint, write_submission
+from tta import make_views, predict, predict_views
 from utils import (
-    AUTOCAST,
     FAMILIES,
     V_MAX,
     V_MIN,
-    Score,
-    averaged_weights,
+    check_family,
     check_writable,
-    load_checkpoint,
-    pick_precision,
     processes,
     run_program,
     score_table,
     write_atomic,
 )
+from waveform import MISFITS, WARNINGS, compare, feedback, simulated
 
-HEADER = "oid_ypos," + ",".join(f"x_{x}" for x in range(1, 70, 2)) + "\n"
-
-
-@dataclass(frozen=True)
-class Gather:
-    """One gather to predict: `index` in a file of many, None where the file is the gather."""
-
-    oid: str
-    path: Path
-    index: int | None = None
+# ---------------------------------------------------------------- refining
 
 
-# ---------------------------------------------------------------- input
+def refine_feedback(model, seis, vel, families, cfg):
+    maps, misfits = feedback(model, seis, vel, cfg.refine_rounds, cfg.refine_step)
+    return maps, [{"misfits": [float(f"{m:.6g}") for m in row]} for row in misfits.T.tolist()]
 
 
-def find_gathers(root):
-    """Every gather of a file or folder, in name order; headers checked.
+def refine_inversion(model, seis, vel, families, cfg):
+    return invert(seis, vel, families, cfg.refine_minutes, cfg.refine_iterations)
 
-    A file of one gather gives its stem as id, a file of many its path below `root`
-    and the index: FlatVel_A_data_data1_0. Raises ValueError for a missing or empty
-    folder, wrong shapes or dtypes, and ids that collide.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
-    files = [root] if root.is_file() else find_files(root, re.compile(r"[^.].*\.npy"))
-    gathers, seen = [], {}
-    for path in files:
-        if root.is_dir() and VEL_NAME.fullmatch(path.name):
-            continue  # velocity maps beside their gathers
-        array = check_array(path, [GATHER_SHAPE, (None, *GATHER_SHAPE)], "shot gathers")
-        if array.ndim == len(GATHER_SHAPE):
-            found = [Gather(path.stem, path)]
-        else:
-            parts = (path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts
-            found = [Gather("_".join((*parts, str(i))), path, i) for i in range(len(array))]
-        for gather in found:
-            if seen.setdefault(gather.oid, path) != path:
-                raise ValueError(f"{path}: same id {gather.oid} as {seen[gather.oid]}; rename one of the two")
-        gathers.extend(found)
-    if not gathers:
-        raise ValueError(
-            f"{root}: no gathers in it; expected .npy files of {GATHER_SHAPE} or (n, 5, 1000, 70)"
+
+# name: f(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg)
+# -> (maps (B, 1, 70, 70), a dict for JSON each: what it tells of its course)
+REFINE = {"feedback": refine_feedback, "inversion": refine_inversion}
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run:
+    """One call of the program: what is predicted from what, and where results are kept."""
+
+    def __init__(self, cfg, process):
+        self.cfg, self.process, self.device = cfg, process, process.device
+        self.out = Path(cfg.out)
+        self.check_options()
+        self.paths = [Path(p) for p in cfg.ckpt.split(",") if p]
+        self.views = make_views(cfg.tta, cfg.tta_weights)
+        self.fit = load_fit(cfg.use, len(self.paths)) if cfg.use else None
+        self.gathers = find_gathers(cfg.input)
+        check_values(self.gathers)
+        self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None
+        self.weights = shares(cfg.ensemble_weights, (self.fit or {}).get("ensemble_weights"), len(self.paths))
+        self.members = [Member(cfg, path, process.device) for path in self.paths]
+        self.work = Work(self.out)
+        files = {g.path: None for g in self.gathers} | {t[0]: None for t in self.truths or ()}
+        self.files = fingerprint(files)
+
+    def check_options(self):
+        """Refuse what cannot end well before any work is done."""
+        cfg = self.cfg
+        if self.process.world > 1:
+            raise ValueError(
+                f"infer.py is one process, torchrun started {self.process.world}; start it by python"
+            )
+        if self.out.is_dir():
+            raise ValueError(f"{cfg.out}: is a folder; give a file by --out=FILE.csv")
+        for path in (cfg.out, cfg.fit):
+            check_writable(Path(path or ".").parent)
+        for folder in (cfg.save_maps, cfg.figures, cfg.pseudo):
+            check_writable(folder or ".")
+        check_steps([name for name in cfg.post if name != "auto"], bool(cfg.use or cfg.fit))
+        check_family(cfg.pseudo_family)
+        if cfg.pseudo and not Path(f"{cfg.out}.work").exists():
+            check_root(cfg.pseudo)
+        if "auto" in cfg.post and not (cfg.use or cfg.fit):
+            raise ValueError("--post=auto uses what a --fit found to help; give its file by --use=FILE")
+        if cfg.fit and (cfg.use or not cfg.truth):
+            raise ValueError("--fit needs the true maps, --truth=DIR, and no --use")
+
+    def loader(self, batches):
+        """(numbers, seis) of each batch, read ahead."""
+        return DataLoader(
+            GatherDataset(self.gathers),
+            batch_sampler=batches,
+            num_workers=self.cfg.workers,
+            pin_memory=self.device.type == "cuda",
         )
-    return gathers
 
+    def gather(self, i):
+        return GatherDataset(self.gathers)[i][1].numpy()
 
-def find_truths(root, gathers):
-    """The true map of each gather as (path, index, family or None).
+    def truth(self, numbers):
+        return torch.stack([read_truth(*self.truths[i][:2]) for i in numbers])
 
-    `root` holds `<id>.npy` maps, or OpenFWI velocity files under their families' folders.
-    Raises ValueError naming the first gather without one, and maps of a wrong shape.
-    """
-    if not Path(root).is_dir():
-        raise ValueError(f"{root}: no such folder; give the true maps by --truth=DIR")
-    by_name = {}
-    for path in find_files(root, re.compile(r"[^.].*\.npy")):
-        by_name.setdefault(path.name, []).append(path)
+    # each stage goes through the batches that are not done
 
-    @functools.cache
-    def truth_of(path, is_single):
-        name = (
-            path.name if is_single else SEIS_NAME.sub(lambda m: VEL_PREFIX[m[1]] + m[2] + ".npy", path.name)
+    def predict_all(self, k):
+        """Results of checkpoint k: its views joined, each view's error, the family it recognises."""
+        cfg, member, n = self.cfg, self.members[k], len(self.gathers)
+        job = {name: getattr(member.cfg, name) for name in NETWORK_FIELDS}
+        job |= {name: getattr(cfg, name) for name in ("tta", "tta_weights", "combine", "precision", "truth")}
+        recognises = bool(cfg.post or cfg.fit or cfg.pseudo or cfg.refine != "none")  # costs another pass
+        job |= {"files": self.files, "checkpoint": fingerprint([self.paths[k]]), "recognises": recognises}
+        fields = [MAP_FIELD, ("errors", "f8", (len(self.views),)), ("family", "i1")]
+        results = self.work.results(f"network{k}", job, n, fields)
+        if not (todo := results.todo(cfg.batch_size)):
+            return results
+        weights = [view.weight for view in self.views]
+        member.load()
+        with tqdm(total=n, initial=n - sum(map(len, todo)), unit="map", desc=self.paths[k].name) as bar:
+            for numbers, seis in self.loader(todo):
+                seis = seis.to(self.device, non_blocking=True)
+                maps = predict_views(member, seis, self.views, member.mode)
+                errors = 0.0
+                if self.truths:
+                    truth = self.truth(numbers.tolist())
+                    errors = torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
+                vel = fuse(maps, weights, cfg.combine).cpu().numpy()
+                families = member.families(seis).cpu().numpy() if recognises else -1
+                results.put(numbers.tolist(), vel=vel, errors=errors, family=families)
+                bar.update(len(numbers))
+        if len(self.members) > 1:
+            member.load("cpu")  # one after another: the next one may need the room
+        return results
+
+    def joined(self, predictions, numbers):
+        """The checkpoints' maps of some gathers, joined: (B, 1, 70, 70)."""
+        maps = torch.stack([torch.from_numpy(p["vel"][numbers].astype(np.float32)) for p in predictions])
+        return fuse(maps, self.weights, self.cfg.combine)
+
+    def family_names(self, predictions, numbers=slice(None)):
+        """The recognised families, None where none is: the first checkpoint's that tells."""
+        found = np.full(len(self.gathers), -1)[numbers]
+        for p in predictions:
+            found = np.where(found < 0, p["family"][numbers], found)
+        return [FAMILIES[i] if i >= 0 else None for i in found]
+
+    def fit_all(self, predictions):
+        """Weights, statistics and helpful steps from all predictions and truth, into `cfg.fit`."""
+        numbers = np.arange(len(self.gathers))
+        truth = self.truth(numbers)
+        if not self.cfg.ensemble_weights and len(predictions) > 1:
+            maps = torch.stack([torch.from_numpy(np.array(p["vel"])) for p in predictions])
+            self.weights = fit_weights(maps, truth)
+        vel = self.joined(predictions, numbers)
+        errors, steps, chain_errors = try_steps(vel, truth, self.family_names(predictions))
+        columns = {"as it is": mae_of(vel, truth), **errors, "auto": chain_errors}
+        print(error_table(columns, [t[2] for t in self.truths]))
+        print(f"--post=auto: {', '.join(steps) or 'no step helps'}")
+        self.fit = {"ensemble_weights": self.weights, "statistics": fit_statistics(vel, truth), "post": steps}
+        self.fit |= {"checkpoints": [str(path) for path in self.paths], "maps": len(truth)}
+        with write_atomic(self.cfg.fit) as part:
+            part.write_text(json.dumps(self.fit), encoding="utf-8")
+        weights = ", ".join(f"{w:.3f}" for w in self.weights)
+        print(f"weights {weights}; fitted on {len(truth)} maps -> {self.cfg.fit}")
+
+    def steps(self):
+        """The post-processing steps in order, `auto` replaced by what was fitted."""
+        return [s for name in self.cfg.post for s in (self.fit["post"] if name == "auto" else [name])]
+
+    def processed(self, vel, families):
+        """Maps after each post-processing step: [(B, 1, 70, 70), …], the last within OpenFWI's range."""
+        stages = []
+        for name in self.steps():
+            vel = run_step(name, vel, families, (self.fit or {}).get("statistics"))
+            stages.append(vel)
+        return [*stages[:-1], stages[-1].clamp(V_MIN, V_MAX)] if stages else []
+
+    def model(self, families):
+        """The whole prediction as a function of full gathers: what feedback calls M."""
+
+        def predict_again(seis):
+            maps = [
+                predict(member, seis, self.views, member.mode, self.cfg.combine) for member in self.members
+            ]
+            vel = fuse(torch.stack(maps), self.weights, self.cfg.combine)
+            return (self.processed(vel, families) or [vel])[-1]
+
+        return predict_again
+
+    def finish_all(self, predictions):
+        """The final maps, their errors after each stage, and what the wave equation says of them."""
+        cfg, n = self.cfg, len(self.gathers)
+        needs_misfit = bool(cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo)
+        needs_seis = needs_misfit or cfg.refine != "none"
+        options = (
+            "refine",
+            "refine_rounds",
+            "refine_step",
+            "refine_minutes",
+            "refine_iterations",
+            "combine",
+            "truth",
+            "precision",
+            "tta",
+            "tta_weights",
         )
-        found = by_name.get(name, [])
-        if len(found) > 1:
-            found = [vel for vel in found if family_in(vel) == family_in(path)]
-        if len(found) != 1:
-            raise ValueError(f"{root}: {len(found)} true maps {name} for {path}; expected one")
-        shapes = [MAP_SHAPE, MAP_SHAPE[1:]] if is_single else [(None, *MAP_SHAPE)]
-        check_finite(check_array(found[0], shapes, "velocity maps"), found[0], "…", "velocity")
-        return found[0], family_in(found[0]) or family_in(path)
+        job = {name: getattr(cfg, name) for name in options}
+        job |= {
+            "steps": self.steps(),
+            "weights": self.weights,
+            "statistics": (self.fit or {}).get("statistics"),
+        }
+        job |= {"misfit": needs_misfit, "files": self.files, "checkpoints": fingerprint(self.paths)}
+        stages = ["network", *self.steps(), *([cfg.refine] if cfg.refine != "none" else [])]
+        fields = [
+            MAP_FIELD,
+            ("errors", "f8", (len(stages),)),
+            *((m, "f8") for m in MISFITS),
+            *((w, "?") for w in WARNINGS),
+        ]
+        results = self.work.results("final", job, n, fields)
+        todo = results.todo(cfg.batch_size)
+        if cfg.refine != "none":
+            for member in self.members:
+                member.load()
+        batches = self.loader(todo) if needs_seis else ((torch.tensor(numbers), None) for numbers in todo)
+        with tqdm(
+            total=n, initial=n - sum(map(len, todo)), unit="map", desc="final", disable=not needs_seis
+        ) as bar:
+            for numbers, seis in batches:
+                numbers = numbers.tolist()
+                families = self.family_names(predictions, numbers)
+                vel = self.joined(predictions, numbers).to(self.device)
+                maps = [vel, *self.processed(vel, families)]
+                if needs_seis:
+                    seis = seis.to(self.device, non_blocking=True)
+                if cfg.refine != "none":
+                    vel, traces = REFINE[cfg.refine](self.model(families), seis, maps[-1], families, cfg)
+                    self.work.note("trace.jsonl", [self.gathers[i].oid for i in numbers], traces)
+                    maps.append(vel)
+                told = compare(seis, simulated(maps[-1])) if needs_misfit else {}
+                told = {name: values.cpu().numpy() for name, values in told.items()}
+                if self.truths:
+                    truth = self.truth(numbers)
+                    told["errors"] = torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
+                results.put(numbers, vel=maps[-1].float().cpu().numpy(), **told)
+                bar.update(len(numbers))
+        return results, stages
 
-    truths = []
-    for gather in gathers:
-        path, family = truth_of(gather.path, gather.index is None)
-        if gather.index is not None and gather.index >= (n := len(open_array(path))):
-            raise ValueError(f"{path}: {n} maps, fewer than the gathers of {gather.path}; copy both again")
-        truths.append((path, gather.index, family))
-    return truths
+    def simulate(self, vel):
+        """A map's gather: (1, 70, 70) -> (5, 1000, 70), as arrays."""
+        return simulated(torch.from_numpy(vel)[None].to(self.device))[0].cpu().numpy()
 
-
-class GatherDataset(Dataset):
-    """Gathers as (number, seis (5, 1000, 70) float32), each read once and checked for NaN."""
-
-    def __init__(self, gathers):
-        self.gathers = gathers
-
-    def __len__(self):
-        return len(self.gathers)
-
-    def __getitem__(self, i):
-        gather = self.gathers[i]
-        array = open_array(gather.path)
-        seis = np.array(array if gather.index is None else array[gather.index], dtype=np.float32)
-        check_finite(seis, gather.path, gather.index or 0, "seismic")
-        return i, torch.from_numpy(seis)
-
-
-def check_values(gathers):
-    """Read the gathers for NaN and infinity before any work; very many are checked as they are used."""
-    if len(gathers) * math.prod(GATHER_SHAPE) * 4 / 1e9 <= FULL_CHECK_GB:
-        for _ in map(GatherDataset(gathers).__getitem__, range(len(gathers))):
-            pass
-
-
-# ---------------------------------------------------------------- prediction and output
-
-
-@torch.no_grad()
-def predict(network, seis, tta=False):
-    """Shot gathers (B, S, T, R) -> velocity (B, 1, Z, X) m/s within OpenFWI's range.
-
-    With `tta` the mean with the mirrored survey's prediction, mirrored back, as the public baseline does.
-    """
-    return (predict_tta(network, seis) if tta else network(seis)).clamp(V_MIN, V_MAX)
-
-
-# every number 0.00 … 9999.99 is written with as many characters: ",dddd.dd"
-_DIGITS = np.array([1000, 100, 10, 1], np.int64)
-
-
-def submission_rows(oid, vel):
-    """The 70 CSV rows of one map, as bytes: (70, 70) m/s, odd columns, two decimals."""
-    hundredths = np.rint(vel[:, 1::2].astype(np.float64) * 100).astype(np.int64)
-    whole, rest = np.divmod(hundredths, 100)
-    text = np.full((*whole.shape, 8), ord(","), np.uint8)
-    text[..., 1:5] = whole[..., None] // _DIGITS % 10 + ord("0")
-    text[..., 5] = ord(".")
-    text[..., 6] = rest // 10 + ord("0")
-    text[..., 7] = rest % 10 + ord("0")
-    name = oid.encode()
-    return b"".join(b"%s_y_%d%s\n" % (name, y, row.tobytes()) for y, row in enumerate(text))
+    def write_all(self, predictions, results, stages):
+        """The submission and all that was asked for beside it; returns the score where truth is given."""
+        cfg, oids = self.cfg, [gather.oid for gather in self.gathers]
+        errors = results["errors"][:, -1] if self.truths else None
+        recognised = self.family_names(predictions)
+        families = [t[2] for t in self.truths] if self.truths else recognised
+        write_submission(self.out, oids, results["vel"][:, 0])
+        for oid, vel in zip(oids if cfg.save_maps else (), results["vel"][:, 0], strict=False):
+            with write_atomic(Path(cfg.save_maps) / f"{oid}.npy") as part, open(part, "wb") as file:
+                np.save(file, vel)
+        if cfg.refine != "none":
+            notes = self.work.notes("trace.jsonl")
+            with write_atomic(self.out.with_suffix(".trace.jsonl")) as part:
+                part.write_text("".join(json.dumps(notes[oid]) + "\n" for oid in oids), encoding="utf-8")
+        if cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo:
+            write_misfits(self.out.with_suffix(".misfit.csv"), oids, results, families, errors)
+            print_warnings(oids, results)
+            print_misfits(results, errors)
+        if cfg.figures:
+            draw_families(cfg.figures, self, results, families, errors, self.simulate)
+        if cfg.flag_worst:
+            worst = np.argsort(-results["log_misfit"], kind="stable")[: cfg.flag_worst]
+            for i in worst:
+                print(f"do not trust {oids[i]}: log misfit {results['log_misfit'][i]:.3f}")
+            draw(self.out.with_suffix(".worst.png"), worst, self, results, errors, self.simulate)
+        if cfg.pseudo:
+            good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
+            names = [recognised[i] or cfg.pseudo_family for i in good]
+            maps = results["vel"][good]
+            write_pseudo(cfg.pseudo, maps, names, cfg.batch_size, self.device)
+            print(
+                f"{len(good)} of {len(oids)} maps, log misfit at most {cfg.pseudo_misfit:g} -> {cfg.pseudo}"
+            )
+        print(f"{len(oids)} maps -> {self.out}")
+        if not self.truths:
+            return {}
+        for path, p in zip(self.paths, predictions, strict=True):
+            if len(self.views) > 1 or len(self.paths) > 1:
+                views = {view.name: p["errors"][:, k] for k, view in enumerate(self.views)}
+                print(f"{path}:\n{error_table(views, families)}")
+        if len(stages) > 1:
+            print(error_table({name: results["errors"][:, k] for k, name in enumerate(stages)}, families))
+        score = by_family(errors, families)
+        print(score_table(score))
+        return score
 
 
 def infer(cfg, process):
     """Predict every gather of `cfg.input` into `cfg.out`; returns the score where truth is given."""
-    if Path(cfg.out).is_dir():
-        raise ValueError(f"{cfg.out}: is a folder; give a file by --out=FILE.csv")
-    for folder in (Path(cfg.out).parent, Path(cfg.save_maps or ".")):
-        check_writable(folder)
-    gathers = find_gathers(cfg.input)
-    check_values(gathers)
-    truths = find_truths(cfg.truth, gathers) if cfg.truth else None
-    checkpoint = load_checkpoint(cfg.ckpt)
-    cfg = network_config(cfg, checkpoint)
-    network = build_model(cfg)
-    load_weights(network, averaged_weights(checkpoint), cfg.ckpt)
-    network.to(process.device).eval()
-    dtype = AUTOCAST.get(pick_precision(cfg.precision, process.device))
-    loader = DataLoader(GatherDataset(gathers), batch_size=cfg.batch_size, num_workers=cfg.workers)
-    score = Score()
-    if cfg.save_maps:
-        Path(cfg.save_maps).mkdir(parents=True, exist_ok=True)
-    with write_atomic(cfg.out) as part, open(part, "wb") as csv, tqdm(total=len(gathers), unit="map") as bar:
-        csv.write(HEADER.encode())
-        for numbers, seis in loader:
-            with torch.autocast(process.device.type, dtype=dtype, enabled=dtype is not None):
-                vel = (
-                    predict(network, preprocess(seis.to(process.device), cfg.mode), cfg.tta)
-                    .float()
-                    .cpu()
-                    .numpy()
-                )
-            for i, prediction in zip(numbers.tolist(), vel[:, 0], strict=True):
-                csv.write(submission_rows(gathers[i].oid, prediction))
-                if cfg.save_maps:
-                    with write_atomic(Path(cfg.save_maps) / f"{gathers[i].oid}.npy") as map_part:
-                        with open(map_part, "wb") as file:
-                            np.save(file, prediction)
-                if truths:
-                    score_one(score, prediction, *truths[i])
-            bar.update(len(numbers))
-    print(f"{len(gathers)} maps -> {cfg.out}")
-    if truths:
-        print(score_table(score.result()))
-    return score.result()
-
-
-def score_one(score, prediction, path, index, family):
-    """Add one prediction (70, 70) to the score, against its true map."""
-    truth = open_array(path) if index is None else open_array(path)[index]
-    truth = np.array(truth, np.float32).reshape(1, *MAP_SHAPE)
-    number = FAMILIES.index(family) if family else -1
-    score.add(torch.from_numpy(prediction)[None, None], torch.from_numpy(truth), torch.tensor([number]))
+    run = Run(cfg, process)
+    predictions = [run.predict_all(k) for k in range(len(run.members))]
+    if cfg.fit:
+        run.fit_all(predictions)
+    results, stages = run.finish_all(predictions)
+    score = run.write_all(predictions, results, stages)
+    run.work.remove()
+    return score
 
 
 def main(argv):

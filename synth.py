@@ -1,8 +1,5 @@
-"""Velocity maps of OpenFWI's ten families, and data sets in OpenFWI's own layout.
+"""Data sets in OpenFWI's own layout, of velocity maps made by maps.py or given.
 
-OpenFWI's generator was never released: these follow the maps it published
-(Deng et al., 2022, arXiv 2111.02926). FlatVel_A, CurveVel_A and four-layer
-FlatFault_A were fitted to real maps; the other families are sensible stand-ins.
 `python synth.py --help` lists the options.
 """
 
@@ -27,161 +24,15 @@ import torch
 from numpy.lib.npyio import NpzFile
 from tqdm import tqdm
 
+from files import VEL_NAME, family_of, find_files
+from maps import FAULT_LAYERS, N_CELLS, make_maps
+from npy import MAP_SHAPE, check_array
 from utils import FAMILIES, V_MAX, V_MIN, check_family, pick_device, pyplot, run_program
+from vary import FileMaps, vary
 
-N_CELLS = 70  # cells of 10 m, down and across
 N_SAMPLES = 1000  # of 1 ms
-FAULT_LAYERS = {"A": (2, 3, 4), "B": (6, 7, 8)}  # the K of OpenFWI's seis{K}_1_{M}.npy
-# Styles: standard deviation (m/s) and length (cells) of the random field, white noise (m/s)
-STYLE = {"A": (183.0, 3.5, 0.0), "B": (158.0, 1.96, 58.0)}
-BLUR = 0.0535  # weight of each neighbour at a blurred edge: real undisturbed FlatFault_A interfaces
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
 SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500, it disperses
-
-
-# ---------------------------------------------------------------- velocity maps
-
-
-def _spline_matrix():
-    """Control depths to depths at the 70 columns: (70, 8), a C¹ quadratic spline.
-
-    One parabola through the first three controls, then a piece per control
-    that goes on with the slope before it. The knots, 10 cells apart from -0.1
-    and the last at 77.9, are where 18,000 real interfaces of CurveVel_A leave
-    residuals of mere rounding.
-    """
-    x = np.arange(N_CELLS, dtype=np.float64)
-    knots = np.append(np.arange(0, 70, 10), 78) - 0.1
-    y = np.eye(8)
-    first = np.polyfit(knots[:3], y[:3], 2)
-    depths = np.stack([np.polyval(c, x) for c in first.T], 1)
-    slope = (2 * first[0] * knots[2]) + first[1]
-    for k in range(2, 7):
-        step = knots[k + 1] - knots[k]
-        bend = (y[k + 1] - y[k] - slope * step) / step**2
-        t = (x[x > knots[k]] - knots[k])[:, None]
-        depths[x > knots[k]] = y[k] + slope * t + bend * t**2
-        slope = slope + 2 * bend * step
-    return depths
-
-
-SPLINE = _spline_matrix()
-
-
-def _fill(cells, velocities):
-    """Paint layers: first cells of the lower layers (n, X), velocities (n + 1) -> (70, X)."""
-    layer = (np.arange(N_CELLS)[:, None, None] >= cells.T).sum(-1)
-    return velocities[layer].astype(np.float64)
-
-
-def _layered(rng, curved, increasing):
-    """Vel families: 3-7 interfaces about 70/n cells apart -> (70, 70)."""
-    n = rng.integers(3, 8)
-    thickness = N_CELLS / n
-    shape = (n - 1, 8 if curved else 1)  # one number an interface, or eight control depths
-    first = rng.uniform(0.5 * thickness, 1.5 * thickness, shape[1])
-    below = first + np.cumsum(thickness + rng.uniform(-1, 1, shape), axis=0)
-    depths = np.vstack([first, below])
-    depths = depths @ SPLINE.T if curved else np.repeat(depths, N_CELLS, axis=1)
-    velocities = rng.integers(V_MIN, V_MAX + 1, n + 1)
-    # the real first interfaces begin and end where 0.8, not one half, is the offset of rounding
-    return _fill(np.floor(depths + 0.8), np.sort(velocities) if increasing else velocities)
-
-
-def _blur(field):
-    """Soften edges with the kernel [w, 1 - 2w, w] along both axes; constants stay exact."""
-    for axis in (0, 1):
-        p = np.pad(field, 1, mode="edge")
-        near = (p[:-2, 1:-1], p[2:, 1:-1]) if axis == 0 else (p[1:-1, :-2], p[1:-1, 2:])
-        field = field + BLUR * (near[0] - field) + BLUR * (near[1] - field)
-    return field
-
-
-def _shift(field, dz, dx):
-    """Move a field by (dz, dx) cells, linear between cells, edges repeated."""
-    for axis, move in ((0, dz), (1, dx)):
-        source = np.clip(np.arange(N_CELLS) - move, 0, N_CELLS - 1)
-        low = source.astype(int)
-        high = np.minimum(low + 1, N_CELLS - 1)
-        weight = (source - low)[:, None] if axis == 0 else source - low
-        a = field.take(low, axis)
-        field = a + weight * (field.take(high, axis) - a)
-    return field
-
-
-def _slip(rng, field, sharp):
-    """Move one side of a straight fault along it, except where the move would bring in what lies outside."""
-    dip = math.radians(rng.triangular(34, 77, 82))  # median 66 degrees
-    slope = rng.choice([-1, 1]) / math.tan(dip)  # cells across for a cell down
-    dz = rng.choice([-1, 1]) * rng.uniform(5, 10)
-    dx = dz * slope
-    if sharp:
-        dz, dx = round(dz), round(dx)
-    z, x = np.mgrid[:N_CELLS, :N_CELLS]
-    side = rng.choice([-1, 1]) * (x - rng.uniform(10, 60) - slope * (z - N_CELLS / 2))
-    block = (side > 0) & (x - dx >= 0) & (x - dx <= N_CELLS - 1)
-    moved = _shift(field, dz, dx)
-    if sharp:
-        return np.where(block, moved, field)
-    return field + _blur(block.astype(np.float64)) * (_blur(moved) - field)
-
-
-def _faulted(rng, curved, version, layers):
-    """Fault families: A one fault and soft edges, B two or three and sharp ones -> (70, 70)."""
-    n = layers or rng.choice(FAULT_LAYERS[version])
-    thickness = np.full(n, 60 // n)  # four real layers: 15 cells each, and ten more dealt out in turn
-    for k in range(n - 1):
-        thickness[k] += rng.integers(0, N_CELLS - thickness.sum() + 1)
-    thickness[-1] += N_CELLS - thickness.sum()
-    depths = np.cumsum(rng.permutation(thickness))[:-1, None] + np.zeros(N_CELLS)
-    for _ in range((1 if version == "A" else rng.integers(2, 4)) if curved else 0):
-        phase = 2 * math.pi * (rng.integers(1, 6) * np.arange(N_CELLS) / N_CELLS + rng.random())
-        depths = depths + rng.uniform(2, 6) * np.sin(phase)
-    if version == "A":
-        n_slow = (n + rng.integers(0, 2)) // 2  # of three layers, one or two
-        slow, fast = rng.integers(1500, 3001, n_slow), rng.integers(3000, 4501, n - n_slow)
-        field = _blur(_fill(np.round(depths), np.sort(np.append(slow, fast))))
-        return _slip(rng, field, sharp=False)
-    field = _fill(np.round(depths), rng.integers(V_MIN, V_MAX + 1, n))
-    for _ in range(rng.integers(2, 4)):
-        field = _slip(rng, field, sharp=True)
-    return field
-
-
-def _style(rng, version):
-    """Style families: a Gaussian random field (squared-exponential) on a depth trend -> (70, 70)."""
-    deviation, length, noise = STYLE[version]
-    n = 128  # periodic in 128 cells, so nothing wraps round within 70
-    k = 2 * math.pi * np.fft.fftfreq(n)
-    power = np.exp(-0.5 * length**2 * (k[:, None] ** 2 + k**2))
-    white = np.fft.fft2(rng.standard_normal((n, n)))
-    field = np.fft.ifft2(white * np.sqrt(power / power.mean())).real[:N_CELLS, :N_CELLS]
-    trend = rng.uniform(1500, 2000) + rng.uniform(30, 40) * np.arange(N_CELLS)[:, None]
-    field = trend + deviation * field + noise * rng.standard_normal(field.shape)
-    return np.clip(field, V_MIN, V_MAX)
-
-
-def make_maps(family, n, seed, start=0, layers=None):
-    """Velocity maps start … start + n - 1 of a family: (n, 1, 70, 70) float32, m/s.
-
-    Map i depends on (family, seed, i) alone. `layers` fixes the number of
-    layers in Fault families; without it each map draws its own. Raises
-    ValueError for an unknown family, a negative seed or n < 1.
-    """
-    kind, version = check_family(family).split("_")
-    if n < 1 or seed < 0:
-        raise ValueError(f"n = {n}, seed = {seed}; expected n of at least 1 and seed of at least 0")
-    maps = np.empty((n, 1, N_CELLS, N_CELLS), np.float32)
-    for i in range(n):
-        rng = np.random.default_rng([seed, FAMILIES.index(family), start + i])
-        curved = kind.startswith("Curve")
-        if kind.endswith("Vel"):
-            maps[i] = _layered(rng, curved, version == "A")
-        elif kind.endswith("Fault"):
-            maps[i] = _faulted(rng, curved, version, layers)
-        else:
-            maps[i] = _style(rng, version)
-    return maps
 
 
 # ---------------------------------------------------------------- file pairs
@@ -252,6 +103,26 @@ def _given_jobs(folder, path, keys, n_per_file, per_file):
         maps = _checked_maps(named[key], f"{path}, {key}")[:n_per_file]
         jobs.append(Job(*_vel_pair(folder, key[5:]), len(maps), partial(np.copy, maps)))
     return jobs
+
+
+def _varied_jobs(out, root, families, n, per_file, seed):
+    """File pairs of variations of the velocity maps under `root`, and what tells those maps from others."""
+    sources, digest = {}, hashlib.sha256()
+    for path in find_files(root, VEL_NAME):
+        if (family := family_of(path)) in families:
+            maps = check_array(path, [(None, *MAP_SHAPE)], "velocity maps")
+            digest.update(_checked_maps(np.array(maps), path).tobytes())
+            sources.setdefault(family, []).append((maps, np.arange(len(maps))))
+    if not sources:
+        raise ValueError(f"{root}: no velocity files (model{{N}}.npy, vel{{K}}_1_{{M}}.npy) below it to vary")
+    jobs, n_files = {}, math.ceil(n / per_file)
+    for family, files in sources.items():
+        spans = [(n * j // n_files, n * (j + 1) // n_files) for j in range(n_files)]
+        jobs[family] = [
+            Job(*_vel_pair(out / family, j + 1), b - a, partial(vary, FileMaps(files), b - a, seed, a))
+            for j, (a, b) in enumerate(spans)
+        ]
+    return jobs, digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- writing
@@ -347,6 +218,13 @@ def _write_jobs(out, jobs, options):
                 _write_pair(job, options["dtype"], options["device"], bar)
 
 
+def _checked_sizes(n_per_family, per_file, seed):
+    sizes = {"n_per_family": n_per_family, "per_file": per_file, "seed": seed}
+    if n_per_family < 1 or per_file < 1 or seed < 0:
+        raise ValueError(f"{sizes}: expected n_per_family and per_file of at least 1, seed of at least 0")
+    return sizes
+
+
 def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
     """Write `n_per_family` maps of each family and their gathers under `out`, in OpenFWI's layout.
 
@@ -356,9 +234,7 @@ def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=5
     0.015 at the peaks. Raises ValueError for bad values, no room, or other
     files in the way; OSError where `out` cannot be written.
     """
-    sizes = {"n_per_family": n_per_family, "per_file": per_file, "seed": seed}
-    if n_per_family < 1 or per_file < 1 or seed < 0:
-        raise ValueError(f"{sizes}: expected n_per_family and per_file of at least 1, seed of at least 0")
+    sizes = _checked_sizes(n_per_family, per_file, seed)
     out = Path(out)
     jobs = {f: _family_jobs(out, check_family(f), n_per_family, per_file, seed) for f in families}
     _write_jobs(out, jobs, sizes | {"dtype": dtype, "device": pick_device(device).type})
@@ -388,6 +264,18 @@ def write_given(
     _write_jobs(out, jobs, options | {"device": pick_device(device).type})
 
 
+def write_varied(out, root, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
+    """Write variations of the velocity maps under `root` and their gathers, as `write_dataset`.
+
+    `n_per_family` of each of these families that is there. Raises ValueError, too, where none is, and for
+    maps that are no velocities in m/s.
+    """
+    sizes = _checked_sizes(n_per_family, per_file, seed)
+    jobs, digest = _varied_jobs(Path(out), root, families, n_per_family, per_file, seed)
+    options = sizes | {"varied_sha256": digest, "dtype": dtype, "device": pick_device(device).type}
+    _write_jobs(Path(out), jobs, options)
+
+
 # ---------------------------------------------------------------- program
 
 
@@ -411,6 +299,36 @@ def contact_sheet(path, n=4, seed=0):
     return True
 
 
+def real_beside_synthetic(path, folder, n=6, seed=0):
+    """Draw n real maps of each family found in `folder`, ours below; ValueError where there are none.
+
+    folder: holds <Family>.npz with keys model{k}; of FlatFault_A four-layer maps, hence ours have four.
+    Returns whether matplotlib was there to do it.
+    """
+    found = [Path(folder) / f"{family}.npz" for family in FAMILIES]
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise ValueError(f"{folder}: no <Family>.npz in it, as CurveVel_A.npz")
+    if (plt := pyplot()) is None:
+        return False
+    size = (1.6 * n, 3.3 * len(found))
+    fig, axes = plt.subplots(2 * len(found), n, figsize=size, squeeze=False, layout="constrained")
+    for row, file in zip(axes.reshape(-1, 2, n), found, strict=True):
+        with np.load(file) as maps:
+            real = _checked_maps(maps[maps.files[-1]][:n], file)
+        layers = 4 if file.stem == "FlatFault_A" else None
+        for what, line, fields in zip(
+            ("real", "synthetic"), row, (real, make_maps(file.stem, n, seed, layers=layers)), strict=True
+        ):
+            line[0].set_title(f"{file.stem}, {what}", loc="left")
+            for ax, field in zip(line, fields[:, 0], strict=False):
+                ax.imshow(field, extent=(0, 700, 700, 0), vmin=V_MIN, vmax=V_MAX, cmap="viridis")
+                ax.set(xticks=(), yticks=())
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+    return True
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are a ValueError, hence one line."""
 
@@ -427,10 +345,14 @@ def _parser():
     p.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the seismic files")
     p.add_argument("--per_file", type=int, default=500, help="maps a file, at most")
     p.add_argument("--maps", help=".npy or .npz file of velocity maps (m/s) to simulate instead")
+    p.add_argument("--vary", help="folder of OpenFWI files: simulate variations of its velocity maps")
     p.add_argument("--keys", help="with --maps FILE.npz: model1,model2,… (default: all)")
     p.add_argument("--n_per_file", type=int, help="with --maps: the first maps of the .npy or each key")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--figure", help="draw a contact sheet of all families to this file")
+    p.add_argument(
+        "--real", metavar="DIR", help="with --figure: real maps, <Family>.npz, and ours below them"
+    )
     return p
 
 
@@ -445,19 +367,25 @@ def main(argv):
     families = [check_family(f) for f in families]
     if not (args.figure or args.out):
         raise ValueError("nothing to do; say --out=DIR for a data set, or --figure=FILE.png")
-    if args.figure and contact_sheet(args.figure):
-        print(f"wrote {args.figure}")
+    if args.real and not args.figure:
+        raise ValueError("--real goes with --figure=FILE.png")
+    if args.figure:
+        drawn = real_beside_synthetic(args.figure, args.real) if args.real else contact_sheet(args.figure)
+        if drawn:
+            print(f"wrote {args.figure}")
     if not args.out:
         return
     common = {"dtype": args.dtype, "per_file": args.per_file, "device": args.device}
     if args.maps:
-        if args.n_per_family is not None or (args.families and len(families) != 1):
-            raise ValueError("--maps brings its own maps: no --n_per_family, at most one of --families")
+        if args.n_per_family is not None or args.vary or (args.families and len(families) != 1):
+            raise ValueError("--maps brings its own: no --vary or --n_per_family, at most one of --families")
         family = families[0] if args.families else None
         keys = args.keys.split(",") if args.keys else ()
         write_given(args.out, args.maps, family, keys, args.n_per_file, **common)
     elif args.n_per_family is None or args.keys or args.n_per_file is not None:
         raise ValueError("say --n_per_family=N, or --maps=FILE; --keys and --n_per_file go with --maps")
+    elif args.vary:
+        write_varied(args.out, args.vary, families, args.n_per_family, args.seed, **common)
     else:
         write_dataset(args.out, families, args.n_per_family, args.seed, **common)
     print(f"complete: {args.out}")

@@ -17,10 +17,14 @@ import torch
 import torch.distributed as dist
 
 import synth
+from augment import is_on
 from cfg import FREE_FIELDS, network_config, parse
-from data import find_pairs, load_items, make_loaders, mean_map, preprocess
+from data import load_items, mean_map, preprocess
+from files import find_pairs
+from loader import make_loaders
 from loss import parse_family_weights
 from model import build_model, check_model, load_weights
+from online import Online
 from trainer import Stop, Trainer, save_last, train_epoch
 from utils import (
     FAMILIES,
@@ -207,6 +211,11 @@ def prepare_data(cfg, process):
     if cfg.smoke:
         n_global = cfg.batch_size * cfg.accumulate * process.world
         train_items, val_items = train_items[: 3 * n_global], val_items[:n_global]
+    if (cfg.online or is_on(cfg)) and any(pair.mode != "full" for pair in train_items.pairs):
+        raise ValueError(
+            "augmentation and online simulation need whole gathers, data_root holds a packed copy of "
+            f"--mode={cfg.mode}; give the original files, or switch them off"
+        )
     return train_items, val_items
 
 
@@ -229,7 +238,7 @@ def describe(cfg, trainer, n_train, n_val):
         f"{cfg.batch_size} a process × {process.world} processes × {cfg.accumulate} accumulated = "
         f"{trainer.global_batch} samples a step | "
         f"{process.device}, {trainer.precision} | {trainer.n_steps} steps"
-    )
+    ) + (f" | {cfg.online:.0%} simulated online" if cfg.online else "")
 
 
 def train(cfg, process):
@@ -257,7 +266,13 @@ def train(cfg, process):
     folder, state = open_run(cfg, process, trainer.global_batch)
     if state:
         trainer.restore(state)
-    with make_profiler(cfg, process, folder) as profiler, Log(folder, trainer) as log:
+    steps = range(trainer.step, trainer.n_steps)
+    online = Online(cfg, process, train_items, steps) if cfg.online else contextlib.nullcontext()
+    with (
+        make_profiler(cfg, process, folder) as profiler,
+        Log(folder, trainer) as log,
+        online as trainer.online,
+    ):
         number = fit(trainer, log, loaders, train_items, reference, profiler)
     if number:
         print(f"stopped by {signal.Signals(number).name} after step {trainer.step}; go on: --resume={folder}")
@@ -305,7 +320,7 @@ def launch(cfg, argv):
         )
     if n > 1:
         if not cfg.synth_per_family:  # one line now rather than one from every process
-            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families)
+            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, *argv]
         os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+from augment import augment, draw, is_on
 from data import flip_batch, preprocess
 from loss import parse_family_weights, sample_losses
 from model import EXTRAS, build_model, extra_loss, load_weights
@@ -50,6 +51,7 @@ class Trainer:
         scale = {} if self.dtype is torch.float16 else {"init_scale": 1.0}
         self.scaler = torch.amp.GradScaler(process.device.type, **scale)
         self.forward, self.no_sync = self.network, contextlib.nullcontext
+        self.online = None  # online.Online, while training with simulated samples
         if process.world > 1:
             ids = [process.device] if process.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.network, device_ids=ids)
@@ -108,13 +110,14 @@ class Trainer:
         """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
         cfg, process = self.cfg, self.process
         seis, vel, family = (t.to(process.device, non_blocking=True) for t in (seis, vel, family))
-        draws = torch.rand(
-            cfg.accumulate,
-            process.world,
-            len(seis),
-            generator=torch.Generator().manual_seed(self.step_seed()),
-        )
-        seis, vel = flip_batch(seis, vel, draws[micro, process.rank] < cfg.flip_p)
+        shape, mine = (cfg.accumulate, process.world, len(seis)), (micro, process.rank)
+        generator = torch.Generator().manual_seed(self.step_seed())
+        seis, vel = flip_batch(seis, vel, torch.rand(shape, generator=generator)[mine] < cfg.flip_p)
+        if self.online is not None:  # these come with exact mirror images instead
+            first = (micro * process.world + process.rank) * len(seis)
+            self.online.mix(self.step, first, seis, vel, family)
+        if is_on(cfg):
+            seis, vel = augment(seis, vel, cfg, *(drawn[mine] for drawn in draw(shape, generator)))
         return preprocess(seis, cfg.mode), vel, family
 
     def step_seed(self):
@@ -192,8 +195,10 @@ def steps_of(trainer, loader):
     batches, indices, data_s = [], [], 0.0
     before = time.perf_counter()
     for *batch, index in loader:
-        data_s += time.perf_counter() - before
+        waited_s = time.perf_counter() - before
         batches.append(trainer.prepare(len(batches), *batch))
+        # with online simulation, preparing a batch may wait for it
+        data_s += waited_s if trainer.online is None else time.perf_counter() - before
         indices += index.tolist()
         if len(batches) == trainer.cfg.accumulate:
             yield batches, indices, data_s
@@ -218,3 +223,15 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
         if stop.agree():
             break
     bad_steps.check()
+    if cfg.skip_bad_files:
+        count_skipped(trainer, loader, log)
+
+
+def count_skipped(trainer, loader, log):
+    """Print and log how many reads of bad samples all ranks have replaced so far."""
+    process = trainer.process
+    mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
+    n = int(process.sum(mine).item())
+    if process.is_main and n:
+        print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
+        log.record({"step": trainer.step, "skipped_samples": n})

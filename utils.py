@@ -378,7 +378,7 @@ def pyplot():
     return plt
 
 
-def _draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
+def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
     """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
     if values is None:
         ax.axis("off")
@@ -405,13 +405,13 @@ def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
         ax[0].imshow(gather, cmap="gray", vmin=low, vmax=high, aspect="auto",
                      extent=(0, width_m, dt_s * len(gather), 0))  # fmt: skip
         ax[0].set(title=f"{title}: centre shot", xlabel="receiver (m)", ylabel="time (s)")
-        _draw_map(fig, ax[1], "truth", truth)
-        _draw_map(fig, ax[2], "prediction", prediction)
+        draw_map(fig, ax[1], "truth", truth)
+        draw_map(fig, ax[2], "prediction", prediction)
         if truth is not None:
             error = prediction - truth
             title = f"error, MAE {np.abs(error).mean():.0f} m/s"
             limit = max(float(np.abs(error).max()), 1.0)
-            _draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
         else:
             ax[3].axis("off")
     with write_atomic(path) as part:

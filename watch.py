@@ -10,7 +10,8 @@ import uuid
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import GATHER_SHAPE, preprocess
+from data import preprocess
+from npy import GATHER_SHAPE
 from utils import append_json, write_atomic
 
 PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import npy
 from utils import run_program
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +29,18 @@ SMALL += [
 ]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """The index of files is kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_maps():
     """Tests write other files under names that were read before."""
-    data.open_array.cache_clear()
+    npy.open_array.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,16 @@ def test_equals_space_and_bare_forms_agree():
     assert parse(["--batch_size=8", "--tta", "--lr=1"]) == parse(
         ["--batch_size", "8", "--tta=true", "--lr", "1.0"]
     )
-    assert parse(["--tta", "--name", "x"]).tta is True
-    assert parse(["--tta", "false"]).tta is False
+    assert parse(["--misfit", "--name", "x"]).misfit is True
+    assert parse(["--misfit", "false"]).misfit is False
+    assert parse(["--flag-worst", "3"]).flag_worst == 3  # a hyphen does as well
+
+
+def test_a_bare_tta_is_the_mirror_and_a_list_what_it_says():
+    assert parse(["--tta"]).tta == parse(["--tta=true"]).tta == ("mirror",)
+    assert parse(["--tta", "false"]).tta == parse([]).tta == ()
+    assert parse(["--tta", "--name=x"]) == parse(["--tta=mirror", "--name", "x"])
+    assert parse(["--tta=mirror,noise"]).tta == ("mirror", "noise")
 
 
 def test_later_words_and_overrides_win_over_the_preset():
@@ -54,7 +62,10 @@ def test_every_preset_is_valid_and_every_field_survives_a_round_trip():
         (["batch_size=8"], "unknown option"),
         (["--batch_size=many"], "expected int, got 'many'"),
         (["--batch_size"], "needs a value"),
-        (["--tta=perhaps"], "expected true or false"),
+        (["--misfit=perhaps"], "expected true or false"),
+        (["--refine=magic"], "expected one of none, feedback"),
+        (["--ensemble_weights=a"], "expected numbers"),
+        (["--post"], "needs a value"),
         (["--preset=dem"], "did you mean demo?"),
         (["--precision=half"], "expected one of auto, float32"),
         (["--batch_size=0"], "expected a positive number"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import SMALL, write_pair
 
-import data
 import train
 import watch
 from cfg import Config
@@ -38,7 +37,6 @@ def run(files, tmp_path):
     """Train in this process; returns the newest run folder."""
 
     def go(*args):
-        data.open_array.cache_clear()
         train.main([f"--data_root={files}", f"--run_root={tmp_path}", *OPTIONS, *args])
         folders = sorted(tmp_path.glob("*-engine"))
         return folders[-1] if folders else None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, write_pair
 
-import data
+import loader
 import train
 from trainer import Trainer
 from utils import load_checkpoint
@@ -186,7 +186,6 @@ def run(files, tmp_path, monkeypatch):
     """Train in this process: (run folder, lines of skipped.jsonl)."""
 
     def go(*args):
-        data.open_array.cache_clear()
         train.main([f"--data_root={files}", f"--run_root={tmp_path}", *OPTIONS, *args])
         return skipped(tmp_path)
 
@@ -203,15 +202,14 @@ def finite(state):
 
 
 def test_a_nan_sample_costs_its_steps_only_and_is_named(tmp_path, run, monkeypatch):
-    whole_read = data.read_sample
+    whole_read = loader.read_into
 
-    def spoilt_read(pair, index):
-        seis, vel = whole_read(pair, index)
+    def spoilt_read(pair, index, seis, vel, check):
+        whole_read(pair, index, seis, vel, check)
         if index == 3:
             seis[0, 0, 0] = np.nan
-        return seis, vel
 
-    monkeypatch.setattr(data, "read_sample", spoilt_read)
+    monkeypatch.setattr(loader, "read_into", spoilt_read)
     lines = run()
     assert len(lines) == 4  # once an epoch
     # batch norm spreads it over its batch of two, not further
@@ -267,13 +265,12 @@ def test_all_ranks_skip_and_stop_alike(files, tmp_path):
     program = tmp_path / "spoilt.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import data, train\n"
-        "whole = data.read_sample\n"
-        "def spoilt(pair, index):\n"
-        "    seis, vel = whole(pair, index)\n"
+        "import loader, train\n"
+        "whole = loader.read_into\n"
+        "def spoilt(pair, index, seis, vel, check):\n"
+        "    whole(pair, index, seis, vel, check)\n"
         "    if index == 3: seis[:] = float('inf')\n"
-        "    return seis, vel\n"
-        "data.read_sample = spoilt\n"
+        "loader.read_into = spoilt\n"
         "train.main(sys.argv[1:])\n"
     )
     finish(start(2, files, tmp_path, program=program))

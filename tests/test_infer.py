@@ -1,15 +1,32 @@
 import csv
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from wave import simulate
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, write_pair
+from conftest import ROOT, run_cli, write_pair
 
-import data
+import infer as infer_module
 from cfg import Config, parse
-from infer import HEADER, find_gathers, find_truths, infer, main, predict, submission_rows
+from ensemble import Member
+from files import find_pairs
+from gathers import GatherDataset, find_gathers, find_truths, read_truth
+from infer import infer, main
 from model import build_model
-from utils import Process, mirror_survey, save_checkpoint
+from npy import open_array
+from pseudo import pair_paths
+from submission import HEADER, Results, submission_rows
+from synth import make_maps
+from tta import make_views, predict
+from utils import Process, mirror_survey, run_program, save_checkpoint
+from waveform import log_misfit, misfit
 
 SMALL = {"arch": "seisnext", "head": "perfect", "width": 16}
 
@@ -105,18 +122,18 @@ def test_truth_is_scored_against_the_right_map(tmp_path):
 def test_mirror_tta_of_a_mirrored_survey_is_the_mirrored_map(checkpoint):
     network = build_model(Config(**SMALL)).eval()
     seis = torch.randn(2, 5, 1000, 70)
-    plain, mirrored = predict(network, seis, tta=True), predict(network, mirror_survey(seis), tta=True)
-    assert torch.allclose(mirrored, plain.flip(3), atol=1e-2)
-    assert not torch.allclose(
-        predict(network, mirror_survey(seis)), predict(network, seis).flip(3), atol=1e-2
-    )
+    with torch.no_grad():
+        for names, equal in ((("mirror",), True), ((), False)):
+            views = make_views(names)
+            plain, mirrored = predict(network, seis, views), predict(network, mirror_survey(seis), views)
+            assert torch.allclose(mirrored, plain.flip(3), atol=1e-2) == equal
 
 
 def test_open_files_stay_bounded(tmp_path, checkpoint):
     """More gathers than the cache of memory maps holds."""
     folder = kaggle_folder(tmp_path / "test", 70, np.float16)
     find_gathers(folder)
-    assert data.open_array.cache_info().currsize <= 64
+    assert open_array.cache_info().currsize <= 64
 
 
 @pytest.mark.realdata
@@ -175,3 +192,319 @@ def test_ids_that_collide_are_refused(tmp_path):
         kaggle_folder(tmp_path / folder, 1)
     with pytest.raises(ValueError, match="same id 0000000000"):
         find_gathers(tmp_path)
+
+
+# ---------------------------------------------------------------- ensembles, fits, refining, what is told
+
+
+CPU = Process(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Exact pairs: two flat maps and two faulted ones, a root for training and for truth."""
+    root = tmp_path_factory.mktemp("pairs")
+    for family in ("FlatVel_A", "FlatFault_A"):
+        vel = torch.from_numpy(make_maps(family, 2, 0))
+        seis_path, vel_path = pair_paths(root, family, 0)
+        for path, array in ((seis_path, simulate(vel)), (vel_path, vel)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array.numpy())
+    return root
+
+
+@pytest.fixture
+def run(checkpoint, pairs, tmp_path):
+    """Run `infer` on the pairs: (score, path of the CSV)."""
+
+    def go(*args, ckpt=checkpoint, name="s.csv"):
+        words = ["--input", pairs, "--out", tmp_path / name, "--batch_size=2", *args]
+        words = words_for(ckpt, *words)
+        if str(ckpt).endswith("second.pt") and "," not in str(ckpt):
+            words = [word for word in words if not word.startswith(("--arch", "--head", "--width"))]
+        return infer(parse(words), CPU), tmp_path / name
+
+    return go
+
+
+def maps_of(path):
+    """Oids and the odd columns (N, 70, 35) of a submission."""
+    rows = list(csv.reader(path.open()))[1:]
+    return [row[0].rpartition("_y_")[0] for row in rows[::70]], np.array(
+        [r[1:] for r in rows], float
+    ).reshape(-1, 70, 35)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """A checkpoint of ours, of another architecture and input mode."""
+    torch.manual_seed(1)
+    cfg = Config(backbone="convnext_atto", mode="small_72x72", pretrained=False, classify_family=True)
+    path = tmp_path_factory.mktemp("ckpt") / "second.pt"
+    save_checkpoint(path, {"model": build_model(cfg).state_dict(), "cfg": dataclasses.asdict(cfg)})
+    return path
+
+
+def test_checkpoints_of_different_kinds_are_averaged_by_their_weights(run, checkpoint, second):
+    _, one = run(name="one.csv")
+    _, two = run(name="two.csv", ckpt=second)
+    _, both = run("--ensemble_weights=1,3", ckpt=f"{checkpoint},{second}", name="both.csv")
+    _, median = run("--combine=median", ckpt=f"{checkpoint},{second}", name="median.csv")
+    oids, maps = maps_of(both)
+    assert oids == maps_of(one)[0] and len(oids) == 4
+    np.testing.assert_allclose(maps, 0.25 * maps_of(one)[1] + 0.75 * maps_of(two)[1], atol=0.02)
+    np.testing.assert_allclose(maps_of(median)[1], (maps_of(one)[1] + maps_of(two)[1]) / 2, atol=0.02)
+
+
+def test_a_bare_state_dict_may_have_its_options_beside_it(run, checkpoint, second, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(checkpoint, weights_only=True), bare)
+    options = tmp_path / "bare.json"
+    options.write_text(json.dumps(SMALL))
+    _, with_options = run(ckpt=f"{bare},{bare}", name="a.csv")
+    assert with_options.read_bytes() == run(name="b.csv")[1].read_bytes()
+    options.write_text("{")
+    with pytest.raises(ValueError, match="bare.json: not the network's options"):
+        run(ckpt=bare)
+
+
+def test_fitted_weights_and_steps_are_applied_elsewhere(run, checkpoint, second, pairs, tmp_path, capsys):
+    fit = tmp_path / "fit.json"
+    score, out = run("--truth", pairs, "--fit", fit, "--post=auto", ckpt=f"{checkpoint},{second}")
+    fitted, told = json.loads(fit.read_text()), capsys.readouterr().out
+    assert sum(fitted["ensemble_weights"]) == pytest.approx(1) and fitted["maps"] == 4
+    assert "statistical_correction" in told and "--post=auto:" in told and "FlatFault_A" in told
+    _, again = run("--use", fit, "--post=auto", ckpt=f"{checkpoint},{second}", name="again.csv")
+    assert again.read_bytes() == out.read_bytes()
+    _, plain = run(ckpt=f"{checkpoint},{second}", name="plain.csv")
+    assert plain.read_bytes() != out.read_bytes()  # the weights alone see to that
+
+
+def test_a_chain_of_steps_is_applied_and_scored_one_by_one(run, pairs, capsys):
+    score, out = run("--truth", pairs, "--post=gaussian,flat_rows,round", "--tta=mirror,scale")
+    oids, maps = maps_of(out)
+    assert (maps == np.rint(maps)).all()
+    flat = maps[[i for i, oid in enumerate(oids) if "FlatVel" in oid]]
+    faulted = maps[[i for i, oid in enumerate(oids) if "Fault" in oid]]
+    assert (np.ptp(flat, axis=2) == 0).all() and (np.ptp(faulted, axis=2) > 0).any()
+    told = capsys.readouterr().out
+    for word in ("plain", "scale 0.98", "network", "gaussian", "flat_rows"):
+        assert f"\n{word} " in told, word
+    assert set(score) == {"FlatVel_A", "FlatFault_A", "all"}
+
+
+def test_misfits_are_those_of_the_simulated_predictions(run, pairs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    maps = tmp_path / "maps"
+    score, out = run(
+        "--truth", pairs, "--misfit", "--flag-worst=2", "--figures", tmp_path / "figures", "--save_maps", maps
+    )
+    rows = list(csv.DictReader((tmp_path / "s.misfit.csv").open()))
+    assert [row["oid"] for row in rows] == maps_of(out)[0]
+    for gather, row in zip(find_gathers(pairs), rows, strict=True):
+        seis = GatherDataset([gather])[0][1][None]
+        vel = torch.from_numpy(np.load(maps / f"{row['oid']}.npy"))[None, None]
+        assert float(row["misfit"]) == pytest.approx(misfit(seis, simulate(vel)).item(), rel=1e-4)
+        assert float(row["log_misfit"]) == pytest.approx(log_misfit(seis, simulate(vel)).item(), rel=1e-4)
+        assert row["family"] in row["oid"]
+    assert np.mean([float(row["mae"]) for row in rows]) == pytest.approx(score["all"][0], rel=1e-4)
+    worst = max(rows, key=lambda row: float(row["log_misfit"]))["oid"]
+    told = capsys.readouterr().out
+    assert (
+        told.count("do not trust") == 2 and f"do not trust {worst}: " in told and "rank correlation" in told
+    )
+    names = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert names == {"FlatVel_A.png", "FlatFault_A.png", "misfit.png", "log_misfit.png"}
+    assert (tmp_path / "s.worst.png").is_file()
+
+
+def test_gathers_of_wrong_polarity_and_units_are_warned_of(checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    truths = {
+        g.oid: read_truth(*t)
+        for g, t in zip(find_gathers(pairs), find_truths(pairs, find_gathers(pairs)), strict=True)
+    }
+    folder = tmp_path / "spoilt"
+    folder.mkdir()
+    for (oid, _), change in zip(truths.items(), (1, -1, 1000), strict=False):
+        seis = GatherDataset([g for g in find_gathers(pairs) if g.oid == oid])[0][1].numpy()
+        np.save(folder / f"{oid}.npy", change * seis)
+    names = sorted(p.stem for p in folder.iterdir())
+    vel = torch.stack([truths[name] for name in names])
+    monkeypatch.setattr(Member, "__call__", lambda self, seis: vel[: len(seis)])  # a perfect network
+    infer(
+        parse(words_for(checkpoint, "--input", folder, "--out", tmp_path / "w.csv", "--misfit")),
+        CPU,
+    )
+    told = capsys.readouterr().out
+    assert told.count("warning: 1 of 3 gathers") == 2
+    assert "polarity" in told and "units" in told and "dead" not in told
+
+
+def test_feedback_never_raises_a_misfit_and_tells_its_course(run, tmp_path):
+    run("--misfit", name="start.csv")
+    run("--misfit", "--refine=feedback", "--refine_rounds=2", name="refined.csv")
+    start, refined = (
+        {row["oid"]: float(row["misfit"]) for row in csv.DictReader((tmp_path / f"{name}.misfit.csv").open())}
+        for name in ("start", "refined")
+    )
+    traces = [json.loads(line) for line in (tmp_path / "refined.trace.jsonl").read_text().splitlines()]
+    assert [trace["oid"] for trace in traces] == list(start)
+    for trace in traces:
+        assert trace["misfits"] == sorted(trace["misfits"], reverse=True) and len(trace["misfits"]) == 3
+        assert trace["misfits"][0] == pytest.approx(start[trace["oid"]], rel=1e-4)
+        assert trace["misfits"][-1] == pytest.approx(refined[trace["oid"]], rel=1e-4)
+
+
+def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, capsys):
+    root = tmp_path / "pseudo"
+    run(
+        "--misfit",
+        "--pseudo",
+        root,
+        "--pseudo_misfit=100",
+        "--pseudo_family=FlatFault_B",
+        "--save_maps",
+        tmp_path / "maps",
+    )
+    found = find_pairs([root])
+    assert {pair.family: pair.n for pair in found} == {
+        "FlatVel_B": 2,
+        "FlatFault_B": 2,
+    }  # flat ones are recognised
+    for pair in found:
+        seis, vel = (torch.from_numpy(np.load(path)) for path in (pair.seis, pair.vel))
+        assert torch.equal(simulate(vel), seis) and vel.dtype == torch.float32
+    saved = {np.load(path).tobytes() for path in (tmp_path / "maps").iterdir()}
+    assert {v.tobytes() for pair in found for v in np.load(pair.vel)[:, 0]} == saved
+    with pytest.raises(ValueError, match=r"holds .*npy already; give an empty folder by --pseudo"):
+        run("--pseudo", root)
+    rows = list(csv.DictReader((tmp_path / "s.misfit.csv").open()))
+    limit = sorted(float(row["log_misfit"]) for row in rows)[1] + 1e-6
+    run("--pseudo", tmp_path / "best", f"--pseudo_misfit={limit}")
+    assert sum(pair.n for pair in find_pairs([tmp_path / "best"])) == 2
+
+
+# ---------------------------------------------------------------- interrupted runs
+
+
+class Stopped(Exception):
+    pass
+
+
+OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
+
+
+@pytest.mark.parametrize("n_puts", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, n_puts):
+    run(*OPTIONS, name="whole.csv")
+    put, calls = Results.put, []
+
+    def stop_after(self, numbers, **fields):
+        if len(calls) == n_puts:
+            raise Stopped
+        calls.append(list(numbers))
+        put(self, numbers, **fields)
+
+    monkeypatch.setattr(Results, "put", stop_after)
+    with pytest.raises(Stopped):
+        run(*OPTIONS)
+    assert not (tmp_path / "s.csv").exists() and (tmp_path / "s.csv.work").is_dir()
+    seen = []
+    monkeypatch.setattr(
+        Results, "put", lambda self, numbers, **f: (seen.append(list(numbers)), put(self, numbers, **f))
+    )
+    run(*OPTIONS)
+    assert len(seen) == 4 - n_puts  # two batches twice: nothing is done again
+    for end in (".csv", ".misfit.csv", ".trace.jsonl"):
+        assert (tmp_path / f"s{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+    assert not list(tmp_path.rglob("*.work"))
+
+
+def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(infer_module, "write_submission", stopping)
+    with pytest.raises(Stopped):
+        run()
+    monkeypatch.undo()
+    _, out = run("--tta")
+    told = capsys.readouterr().out
+    assert "network0" in told and "of other options or files; starting afresh" in told
+    assert out.read_bytes() == run("--tta", name="fresh.csv")[1].read_bytes()
+
+
+def stopping(*args):
+    raise Stopped
+
+
+def test_killed_and_started_again_it_gives_the_same_bytes(checkpoint, tmp_path):
+    folder = kaggle_folder(tmp_path / "test", 12)
+    words = words_for(checkpoint, "--input", folder, "--batch_size=1", "--tta", "--threads=1")
+    assert run_cli("infer.py", *words, "--out", tmp_path / "whole.csv").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "infer.py"), *words, "--out", str(tmp_path / "s.csv")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any(bytes(p.read_bytes()).strip(b"\0") for p in tmp_path.glob("s.csv.work/network0-*.bin")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    again = run_cli("infer.py", *words, "--out", tmp_path / "s.csv")
+    assert again.returncode == 0 and "going on, " in again.stdout
+    assert (tmp_path / "s.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(checkpoint, tmp_path, monkeypatch, capsys):
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root to mount a small tmpfs")
+    disk, folder = tmp_path / "disk", kaggle_folder(tmp_path / "test", 20, np.float16)
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        words = words_for(checkpoint, "--input", folder, "--out", disk / "s.csv", "--batch_size=4")
+        for n_kib in (1750, 1100):  # no room for all results, then none for the CSV
+            (disk / "ballast").write_bytes(bytes(n_kib << 10))
+            monkeypatch.setattr(sys, "argv", ["infer.py", *words])
+            with pytest.raises(SystemExit) as stop:
+                run_program(main)
+            line = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress bar
+            assert stop.value.code == 2 and line.startswith("infer.py: error: "), line
+            assert "not written (No space left on device); free some space and give the same command" in line
+            assert not list(disk.glob("*.csv")) and not list(disk.rglob("*.part"))
+            done = next(disk.glob("s.csv.work/network0-*.bin")).read_bytes().strip(b"\0")
+            assert done  # kept
+        (disk / "ballast").unlink()
+        main(words)
+        main(words_for(checkpoint, "--input", folder, "--out", tmp_path / "s.csv", "--batch_size=4"))
+        assert (disk / "s.csv").read_bytes() == (tmp_path / "s.csv").read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--post=sharpen"], "--post=sharpen: expected some of"),
+        (["--post=auto"], "give its file by --use=FILE"),
+        (["--post=statistical_correction"], "needs statistics"),
+        (["--fit=f.json"], "--fit needs the true maps"),
+        (["--use=none.json"], "none.json"),
+        (["--tta=flip"], "--tta=flip: expected some of"),
+        (["--ensemble_weights=1,2"], "expected 1, one a checkpoint"),
+        (["--ensemble_weights=-1"], "none below 0"),
+        (["--pseudo_family=Flat"], "unknown family 'Flat'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_any_work(run, tmp_path, words, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(*words)
+    assert not list(tmp_path.rglob("*.work"))
+
+
+def test_torchrun_is_refused(checkpoint, tmp_path):
+    cfg = parse(words_for(checkpoint, "--input", kaggle_folder(tmp_path / "test", 1)))
+    with pytest.raises(ValueError, match="one process, torchrun started 2"):
+        infer(cfg, Process(torch.device("cpu"), world=2))

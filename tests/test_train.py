@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, write_pair
 
-import data
 import train
 from cfg import Config
 from trainer import Trainer
@@ -41,7 +40,6 @@ def torchrun(n, *args, program=ROOT / "train.py"):
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
     """A run of two epochs of four steps."""
-    data.open_array.cache_clear()
     return run(files, tmp_path_factory.mktemp("runs"), "--epochs=2", "--batch_size=2")
 
 

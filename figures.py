@@ -1,0 +1,58 @@
+"""Figures of predictions and of their quality; without matplotlib one line says so."""
+
+import numpy as np
+
+from utils import draw_map, pyplot, write_atomic
+
+
+def _draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
+    extent = (0, dx_m * shot.shape[1], dt_s * len(shot), 0)
+    ax.imshow(shot, cmap="gray", vmin=limits[0], vmax=limits[1], aspect="auto", extent=extent)
+    ax.set(title=title, xlabel="receiver (m)", ylabel="time (s)")
+
+
+def quality_figure(path, rows):
+    """Gather, prediction, truth, error, simulated gather, residual; a row a sample, into `path`.
+
+    rows: (title, seis (S, T, R), prediction (Z, X), truth (Z, X) or None, simulated (S, T, R)); centre shots,
+    all on the observed one's scale.
+    """
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, axes = plt.subplots(len(rows), 6, figsize=(19, 2.9 * len(rows)), squeeze=False, layout="constrained")
+    for ax, (title, seis, prediction, truth, other) in zip(axes, rows, strict=True):
+        shot, simulated = (np.asarray(s[len(s) // 2], np.float32) for s in (seis, other))
+        limits = np.percentile(shot, (5, 95))
+        _draw_gather(ax[0], title, shot, limits)
+        draw_map(fig, ax[1], "prediction", prediction)
+        draw_map(fig, ax[2], "truth", truth)
+        if truth is None:
+            ax[3].axis("off")
+        else:
+            error = prediction - truth
+            limit = max(float(np.abs(error).max()), 1.0)
+            heading = f"error, MAE {np.abs(error).mean():.1f} m/s"
+            draw_map(fig, ax[3], heading, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _draw_gather(ax[4], "simulated from prediction", simulated, limits)
+        _draw_gather(ax[5], "residual", shot - simulated, limits)
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    plt.close(fig)
+
+
+def calibration_figure(path, misfits, errors, families, correlation):
+    """Error against misfit, a point a prediction, a colour a family, into `path`."""
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for name in sorted(set(families)):
+        mine = [i for i, family in enumerate(families) if family == name]
+        ax.loglog(np.asarray(misfits)[mine], np.asarray(errors)[mine], ".", label=name)
+    ax.set(xlabel="misfit", ylabel="MAE (m/s)")
+    ax.set_title(f"{len(misfits)} predictions, rank correlation {correlation:.2f}")
+    ax.legend()
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    plt.close(fig)

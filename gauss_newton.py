@@ -1,0 +1,176 @@
+"""Gauss-Newton in few unknowns: residuals of many maps at once, derivatives by differences, damped steps.
+
+A derivative is the difference of two simulations: one more map in a batch that uses all cores, a third
+of what forward-mode derivatives (`torch.func.jvp` of `wave.simulate`) cost. It need not be exact.
+"""
+
+import math
+import time
+import wave
+
+import numpy as np
+import torch
+
+BATCH = 8  # maps simulated together
+STRIDE = 4  # every 4th sample: 250 Hz hold a signal that ends near 45 Hz
+DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
+QUIET_OFFSET, QUIET_SAMPLES = 40, 60  # cells and samples that the fastest wave cannot have reached
+
+
+class Observed:
+    """One gather to fit: seis (S, T, R), and of which of OpenFWI's sources; counts what is simulated.
+
+    `minutes` from now, `late` turns true: searches then end with what they have.
+    """
+
+    def __init__(self, seis, sources=wave.SOURCES, minutes=math.inf):
+        self.seis, self.sources = seis.float(), tuple(sources)
+        self.simulations = 0.0  # of 5 shots and 1000 samples
+        self.deadline = time.monotonic() + 60 * minutes
+        self.noise = self._noise()
+
+    @property
+    def late(self):
+        return time.monotonic() > self.deadline
+
+    def _noise(self):
+        """Standard deviation of the noise: what far receivers record before any wave can have come."""
+        quiet = [
+            self.seis[s, :QUIET_SAMPLES, x]
+            for s, cell in enumerate(self.sources)
+            for x in range(self.seis.shape[2])
+            if abs(x - cell) > QUIET_OFFSET
+        ]
+        return float(torch.stack(quiet).square().mean().sqrt()) if quiet else 0.0
+
+    def simulate(self, maps, n_samples):
+        """Maps (N, 70, 70), arrays -> gathers (N, S, n_samples, R)."""
+        maps = torch.as_tensor(np.asarray(maps), dtype=torch.float32, device=self.seis.device)
+        self.simulations += len(maps) * (n_samples / 1000) ** 2 * len(self.sources) / 5
+        with torch.no_grad():
+            return torch.cat([wave.simulate(m, self.sources, n_samples) for m in maps.split(BATCH)])
+
+    def residuals(self, maps, n_samples):
+        """Residuals of maps within the first samples, growing weight with time, relative: (N, D).
+
+        Late echoes are faint and tell of the deep; index 999 does not follow the scheme and is left out.
+        """
+        n = min(n_samples, 999)
+        weight = ((torch.arange(n, device=self.seis.device) + 50) / n)[:, None]
+        observed = (self.seis[:, :n] * weight)[:, ::STRIDE]
+        made = (self.simulate(maps, n_samples)[:, :, :n] * weight)[:, :, ::STRIDE]
+        return (made - observed).flatten(1) / observed.norm().clamp(min=1e-30)
+
+    def floor(self, n_samples):
+        """The norm that `residuals` of the true map would have for the noise alone."""
+        n = min(n_samples, 999)
+        weight = ((torch.arange(n, device=self.seis.device) + 50) / n)[:, None].expand(n, self.seis.shape[2])
+        noise = self.noise * weight[::STRIDE].norm() * math.sqrt(len(self.sources))
+        return float(noise / (self.seis[:, :n] * weight)[:, ::STRIDE].norm().clamp(min=1e-30))
+
+
+def gauss_newton(
+    observed, smooth, theta, scale, n_samples, n_steps, clip, exact=None, prior=0.0, least_gain=0.03
+):
+    """Minimise ‖residuals(exact(theta))‖² + Σ prior·theta²: (theta, norm of the residuals).
+
+    smooth: theta (P,) -> map (70, 70), whose differences over 0.1 `scale` give the derivatives; exact: what
+    is fitted, default `smooth`. A step is at most 3 `scale`; `clip` brings theta into its bounds. Ends after
+    n_steps, or when a step gains less than the share `least_gain`. Levenberg (1944), Marquardt (1963).
+    """
+    exact, eye = exact or smooth, 0.1 * np.diag(scale)
+
+    def penalty(t):
+        return float(np.sum(prior * t**2))
+
+    residual = observed.residuals([exact(theta)], n_samples)[0]
+    value, damping = float(residual @ residual) + penalty(theta), 1e-2
+    for _ in range(n_steps):
+        if observed.late:
+            break
+        changed = observed.residuals([smooth(theta), *(smooth(theta + step) for step in eye)], n_samples)
+        jacobian = (changed[1:] - changed[0]) / 0.1
+        hessian = (jacobian @ jacobian.T).double().cpu().numpy() + np.diag(
+            prior * scale**2 + np.zeros(len(theta))
+        )
+        gradient = (jacobian @ residual).double().cpu().numpy() + prior * theta * scale
+        diagonal = np.diag(hessian)
+        trials = []
+        for factor in DAMPING:
+            damped = hessian + np.diag(damping * factor * (diagonal + 0.01 * diagonal.mean()) + 1e-14)
+            step = -np.linalg.solve(damped, gradient)
+            step *= min(1.0, 3.0 / max(np.abs(step).max(), 1e-12))
+            trials += [(damping * factor, clip(theta + share * step * scale)) for share in (1.0, 0.4)]
+        residuals = observed.residuals([exact(t) for _, t in trials], n_samples)
+        values = [float(r @ r) + penalty(t) for r, (_, t) in zip(residuals, trials, strict=True)]
+        best = int(np.argmin(values))
+        if not values[best] < value:
+            damping *= 100
+            if damping > 1e4:
+                break
+            continue
+        gain, value = 1 - values[best] / value, values[best]
+        damping, theta, residual = (
+            float(np.clip(trials[best][0], 1e-8, 1e2)),
+            trials[best][1],
+            residuals[best],
+        )
+        if gain < least_gain:
+            break
+    return theta, float(residual.norm())
+
+
+def settle(observed, paint, velocities, depths, columns, n_rounds=6, increasing=True):
+    """Settle whole-cell depths and whole velocities of layers together: (velocities, depths, norm).
+
+    paint: (velocities (K+1,), depths (K, 70) first cells of the lower layer) -> map; columns: lists of
+    columns that move as one. In each round every move by one cell is simulated, the best mixture of moves
+    and changes of velocity is found by least squares within bounds, and the moves above a threshold are made.
+    """
+    moves = [(k, group) for k in range(len(depths)) for group in columns if (depths[k, group] < 70).any()]
+    bound = np.r_[np.full(len(moves), 1.5), np.full(len(velocities), 60.0)]
+    norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
+    floor = max(1e-6, 1.02 * observed.floor(1000))
+    for _ in range(n_rounds):
+        if norm < floor or observed.late:
+            break
+        maps = [paint(velocities, depths)]
+        for k, group in moves:
+            moved = depths.copy()
+            moved[k, group] += 1
+            maps.append(paint(velocities, moved))
+        step = 5.0 * np.where(velocities < 4490, 1, -1)
+        maps += [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
+        residuals = observed.residuals(maps, 1000)
+        shares = _least_squares_in_box(residuals[1:] - residuals[0], residuals[0], bound)
+        moved_velocities = np.clip(velocities + step * shares[len(moves) :], 1500, 4500)
+        if increasing:
+            moved_velocities = np.maximum.accumulate(moved_velocities)
+        trials = [(np.rint(moved_velocities), depths)]
+        for threshold in (0.35, 0.5, 0.65, 0.8, 0.95):
+            moved = depths.copy()
+            for (k, group), share in zip(moves, shares[: len(moves)], strict=True):
+                moved[k, group] += int(np.sign(share) * (abs(share) > threshold))
+            trials += [(velocities, moved), (np.rint(moved_velocities), moved)]
+        norms = observed.residuals([paint(*t) for t in trials], 1000).norm(dim=1)
+        best = int(norms.argmin())
+        if float(norms[best]) >= 0.999 * norm:
+            break
+        (velocities, depths), norm = trials[best], float(norms[best])
+    return velocities, depths, norm
+
+
+def _least_squares_in_box(rows, target, bound, n_sweeps=300):
+    """argmin ‖target + Σ s_j rows_j‖ with |s_j| <= bound_j, by coordinate descent: (P,)."""
+    gram = (rows @ rows.T).double().cpu().numpy()
+    slope = (rows @ target).double().cpu().numpy()
+    diagonal = np.diag(gram) + 1e-7 * np.diag(gram).mean() + 1e-30
+    shares = np.zeros(len(gram))
+    for _ in range(n_sweeps):
+        before = shares.copy()
+        for j in range(len(shares)):
+            rest = gram[j] @ shares - gram[j, j] * shares[j] + slope[j]
+            shares[j] = np.clip(-rest / diagonal[j], -bound[j], bound[j])
+        if np.abs(shares - before).max() < 1e-4:
+            break
+    return shares

@@ -1,0 +1,96 @@
+"""Waveform inversion: from a gather, and a first guess, to the map that explains it.
+
+Gathers above flat layers are mirror images of themselves; curved layers and faults are sought where the
+family's name, or nothing, says so. What the searches in few unknowns (search.py) do not explain is fitted
+cell by cell (descent.py). Of all maps the one of least misfit is kept, the guess among them.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from descent import GaussianProcess, descend, total_variation
+from gauss_newton import Observed
+from search import find_fault, find_layers
+from utils import V_MAX, V_MIN
+from waveform import is_flat, misfit, simulated
+
+EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
+WEIGHTS = {"style": 1e-5, "layers": 3e-5}  # of the prior in cell-by-cell inversion
+
+
+def _searches(family, flat):
+    """The searches to try, in order, for a family's name or None: [function(observed, guess), …]."""
+    kind, _, version = (family or "").partition("_")
+    increasing = version != "B"
+
+    def layers(curved):
+        return lambda observed, guess: find_layers(observed, curved, increasing, guess)
+
+    if flat:
+        return [layers(curved=False)]
+    known = {"CurveVel": [layers(curved=True), find_fault], "FlatFault": [find_fault, layers(curved=True)]}
+    if kind == "Style" or family in ("FlatFault_B", "CurveFault_A", "CurveFault_B"):
+        return []
+    return known.get(kind, [layers(curved=True), find_fault])
+
+
+def _one_side(seis):
+    """Flat ground: the outer shots are mirror images, and one tells it all; their mean has half the noise."""
+    return ((seis[0] + seis[4].flip(1)) / 2)[None]
+
+
+def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
+    """One gather (5, 1000, 70) and its guess (1, 70, 70) m/s -> (map (1, 70, 70), what happened, a dict)."""
+    began = time.monotonic()
+    flat = bool(is_flat(seis[None], 0.01)[0]) or (family or "").startswith("FlatVel")
+    whole = Observed(seis, minutes=minutes)
+    floor = whole.floor(1000)
+    candidates = {"guess": vel}
+    told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
+    for number, search in enumerate(_searches(family, flat)):
+        observed = Observed(_one_side(seis), (0,), minutes) if flat else whole
+        found, _ = search(observed, vel[0].cpu().double().numpy())
+        whole.simulations += observed.simulations if flat else 0
+        name = f"search{number + 1}"
+        candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
+        told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])
+        if told[name] < EXPLAINED + 1.1 * floor or whole.late:
+            break
+    best = min(told, key=told.get)
+    if told[best] > EXPLAINED + 1.1 * floor and n_iterations and not whole.late:
+        style = (family or "").startswith("Style")
+        start = candidates[best][None]
+        prior = GaussianProcess(start) if style else lambda v: total_variation(v, 0.8)
+        weight = WEIGHTS["style" if style else "layers"]
+        limit = torch.full((1,), 1.02 * floor, device=vel.device)
+        cells, _ = descend(seis[None], start, prior, weight, n_iterations, limit, lambda: whole.late)
+        whole.simulations += 6.0 * n_iterations  # a gradient costs about six simulations
+        candidates["cells"] = cells[0]
+        told["cells"] = float(misfit(seis[None], simulated(cells))[0])
+        best = min(told, key=told.get)
+    rounded = candidates[best].round()
+    if not (family or "").startswith("Style"):
+        told["rounded"] = float(misfit(seis[None], simulated(rounded[None]))[0])
+        if told["rounded"] <= told[best]:
+            candidates["rounded"], best = rounded, "rounded"
+    told = {name: float(f"{value:.5g}") for name, value in told.items()}
+    trace = {"misfits": told, "kept": best, "noise": float(f"{floor:.3g}"), "flat": flat}
+    trace |= {"simulations": round(whole.simulations), "seconds": round(time.monotonic() - began, 1)}
+    return candidates[best].clamp(V_MIN, V_MAX), trace
+
+
+def invert(seis, vel, families=None, minutes=math.inf, n_iterations=60):
+    """Gathers (B, 5, 1000, 70) and guesses (B, 1, 70, 70) m/s -> (maps, a dict of what happened for each).
+
+    families: a name or None for each. minutes: at most so many for a gather. The maps' misfits are never
+    above the guesses'.
+    """
+    families = families or [None] * len(seis)
+    done = [
+        invert_one(s.float(), v.float(), family, minutes, n_iterations)
+        for s, v, family in zip(seis, vel, families, strict=True)
+    ]
+    return torch.stack([vel for vel, _ in done]), [trace for _, trace in done]

@@ -1,0 +1,121 @@
+"""Velocity maps in few unknowns, as OpenFWI made them: flat or curved layers, and layers cut by one fault."""
+
+import math
+
+import numpy as np
+
+from maps import N_CELLS, N_FINE, SPLINE, slip_soft
+
+SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
+ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
+
+
+def paint(velocities, depths):
+    """Layers with sharp edges: velocities (K+1,), first cells of the lower layers (K, 70) -> (70, 70)."""
+    layer = (np.arange(N_CELLS)[:, None, None] >= depths.T).sum(-1)
+    return velocities[layer]
+
+
+def shade(velocities, depths):
+    """As `paint` for depths between cells, which mix 1/v² by area: what waves feel of a thin layer."""
+    depths = np.maximum.accumulate(depths)
+    below = np.clip(np.arange(1, N_CELLS + 1)[:, None, None] - depths.T, 0, 1)  # (Z, X, K)
+    slowness = velocities**-2.0
+    return (slowness[0] + below @ np.diff(slowness)) ** -0.5
+
+
+class Layers:
+    """Layers `spacing` cells apart: theta = (velocities (K+1), first controls (m), shifts (K-1, m)).
+
+    A control is a depth: one for a flat interface, eight of the spline for a curved one (maps.py).
+    Each further interface is the one above, `spacing` deeper, and a shift within ±1 cell.
+    """
+
+    def __init__(self, n_interfaces, spacing, curved, increasing=True):
+        self.n, self.spacing, self.increasing = n_interfaces, spacing, increasing
+        self.basis = SPLINE if curved else np.ones((N_CELLS, 1))
+        self.m = self.basis.shape[1]
+        n_shifts = self.m * (self.n - 1)
+        self.scale = np.concatenate(
+            [[50.0], np.full(self.n, 200.0), np.full(self.m, 2.0), np.full(n_shifts, 0.5)]
+        )
+        # weak, so that only what the data leave open follows it; shifts are uniform within ±1
+        self.prior = np.concatenate([np.zeros(1 + self.n + self.m), np.full(n_shifts, 3e-6)])
+
+    def split(self, theta):
+        """theta -> velocities (K+1,) m/s, depths (K, 70) in cells, not rounded."""
+        controls = theta[self.n + 1 :].reshape(self.n, self.m).copy()
+        controls[1:] += self.spacing
+        return theta[: self.n + 1], np.cumsum(controls, 0) @ self.basis.T
+
+    def smooth(self, theta):
+        velocities, depths = self.split(theta)
+        return shade(velocities, depths + ROUNDING - 0.5)
+
+    def cells(self, theta):
+        """theta -> first cells of the lower layers (K, 70)."""
+        depths = np.floor(self.split(theta)[1] + ROUNDING)
+        return np.clip(np.maximum.accumulate(depths), 0, N_CELLS).astype(int)
+
+    def sharp(self, theta):
+        return paint(np.rint(theta[: self.n + 1]), self.cells(theta))
+
+    def clip(self, theta):
+        theta, n = theta.copy(), self.n + 1
+        if self.increasing:
+            theta[:n] = np.maximum.accumulate(theta[:n])
+        theta[:n] = np.clip(theta[:n], 1500, 4500)
+        theta[n : n + self.m] = np.clip(theta[n : n + self.m], -2, 45)
+        theta[n + self.m :] = np.clip(theta[n + self.m :], -1, 1)
+        return theta
+
+    def first(self, theta, n):
+        """The part of theta that describes the first n interfaces."""
+        return np.concatenate([theta[: n + 1], theta[self.n + 1 :][: n * self.m]])
+
+    def deeper(self, theta, velocity, shift):
+        """theta with one more interface below: (Layers of one more, theta)."""
+        more = Layers(self.n + 1, self.spacing, self.m > 1, self.increasing)
+        n = self.n + 1
+        return more, np.concatenate([theta[:n], [velocity], theta[n:], np.broadcast_to(shift, self.m)])
+
+
+class Fault:
+    """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), x_fault, dip, throw).
+
+    Depths in cells, x_fault and throw in half cells, dip in degrees: `maps.slip_soft`; `mirrored` maps are
+    reversed left to right.
+    """
+
+    def __init__(self, n_interfaces, mirrored):
+        self.n, self.mirrored = n_interfaces, mirrored
+        self.scale = np.concatenate([np.full(self.n + 1, 100.0), np.full(self.n, 2.0), [4.0, 5.0, 2.0]])
+
+    def _map(self, velocities, depths, x_fault, dip, throw):
+        rows = np.arange(1, N_FINE + 1)[:, None]
+        below = np.clip(rows - 2 * np.maximum.accumulate(depths), 0, 1)
+        profile = velocities[0] + below @ np.diff(velocities)
+        field = slip_soft(
+            np.repeat(profile[:, None], N_FINE, 1), velocities[:2], np.radians(dip), throw, x_fault
+        )
+        return field[:, ::-1] if self.mirrored else field
+
+    def smooth(self, theta):
+        """Between whole throws by interpolation."""
+        n, low = self.n + 1, math.floor(theta[-1])
+        some = theta[:n], theta[n:-3], *theta[-3:-1]
+        share = theta[-1] - low
+        field = self._map(*some, low)
+        return field if share < 1e-6 else (1 - share) * field + share * self._map(*some, low + 1)
+
+    def sharp(self, theta):
+        """Velocities, depths and throw whole, as they were drawn."""
+        n = self.n + 1
+        return self._map(np.rint(theta[:n]), np.rint(theta[n:-3]), *theta[-3:-1], int(np.rint(theta[-1])))
+
+    def clip(self, theta):
+        theta, n = theta.copy(), self.n + 1
+        theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
+        theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
+        theta[-3:] = np.clip(theta[-3:], [-10, 5, -22], [150, 125, 22])
+        return theta

@@ -1,0 +1,223 @@
+"""Velocity maps of OpenFWI's ten families: `make_maps`.
+
+OpenFWI's generator was never released: these follow the maps it published
+(Deng et al., 2022, arXiv 2111.02926). FlatVel_A, CurveVel_A and four-layer
+FlatFault_A were fitted to real maps (`python bench.py realism` says how near
+they come); the other families are sensible stand-ins.
+"""
+
+import math
+
+import numpy as np
+
+from utils import FAMILIES, V_MAX, V_MIN, check_family
+
+N_CELLS = 70  # cells of 10 m, down and across
+FAULT_LAYERS = {"A": (2, 3, 4), "B": (6, 7, 8)}  # the K of OpenFWI's seis{K}_1_{M}.npy
+# Styles: standard deviation (m/s) and length (cells) of the random field, white noise (m/s)
+STYLE = {"A": (183.0, 3.5, 0.0), "B": (158.0, 1.96, 58.0)}
+JITTER = 1.0  # cells: how far a layer's thickness strays from its map's
+N_FINE = 2 * N_CELLS  # faults of version A are made on half cells
+THROW = (10, 20)  # half cells, whole ones: real throws are 5, 5.5, ... 10 cells
+LEAN = math.radians(6)  # real faulted maps are sheared so: depths shrink by cos 6°, verticals lean
+MIXED = 24  # half cells beside a fault where the first layer, slid down, is averaged with what it covers
+
+
+def _spline_matrix():
+    """Control depths to depths at the 70 columns: (70, 8), a C¹ quadratic spline.
+
+    One parabola through the first three controls, then a piece per control
+    that goes on with the slope before it. The knots, 10 cells apart from -0.1
+    and the last at 77.9, are where 18,000 real interfaces of CurveVel_A leave
+    residuals of mere rounding.
+    """
+    x = np.arange(N_CELLS, dtype=np.float64)
+    knots = np.append(np.arange(0, 70, 10), 78) - 0.1
+    y = np.eye(8)
+    first = np.polyfit(knots[:3], y[:3], 2)
+    depths = np.stack([np.polyval(c, x) for c in first.T], 1)
+    slope = (2 * first[0] * knots[2]) + first[1]
+    for k in range(2, 7):
+        step = knots[k + 1] - knots[k]
+        bend = (y[k + 1] - y[k] - slope * step) / step**2
+        t = (x[x > knots[k]] - knots[k])[:, None]
+        depths[x > knots[k]] = y[k] + slope * t + bend * t**2
+        slope = slope + 2 * bend * step
+    return depths
+
+
+SPLINE = _spline_matrix()
+
+
+def _fill(cells, velocities, n_rows=N_CELLS):
+    """Paint layers: first rows of the lower layers (n, X), velocities (n + 1) -> (n_rows, X)."""
+    layer = (np.arange(n_rows)[:, None, None] >= cells.T).sum(-1)
+    return velocities[layer].astype(np.float64)
+
+
+def _layered(rng, curved, increasing):
+    """Vel families: 3-7 interfaces about 70/n cells apart -> (70, 70)."""
+    n = rng.integers(3, 8)
+    thickness = N_CELLS / n
+    shape = (n - 1, 8 if curved else 1)  # one number an interface, or eight control depths
+    first = rng.uniform(0.5 * thickness, 1.5 * thickness, shape[1])
+    below = first + np.cumsum(thickness + rng.uniform(-JITTER, JITTER, shape), axis=0)
+    depths = np.vstack([first, below])
+    depths = depths @ SPLINE.T if curved else np.repeat(depths, N_CELLS, axis=1)
+    velocities = rng.integers(V_MIN, V_MAX + 1, n + 1)
+    # the real first interfaces begin and end where 0.8, not one half, is the offset of rounding
+    return _fill(np.floor(depths + 0.8), np.sort(velocities) if increasing else velocities)
+
+
+def _bilinear(field, z, x):
+    """Sample (Z, X) fields at rows z and columns x, zeros beyond the edges."""
+    n = len(field)
+    padded = np.pad(field, 1)
+    z, x = np.clip(z + 1, 0, n + 1), np.clip(x + 1, 0, n + 1)
+    row, column = np.minimum(z.astype(int), n), np.minimum(x.astype(int), n)
+    top, bottom = (
+        padded[row + k, column] * (1 - x + column) + padded[row + k, column + 1] * (x - column)
+        for k in (0, 1)
+    )
+    return top + (z - row) * (bottom - top)
+
+
+def _cubic_shift(fields, dz, dx):
+    """Move (..., Z, X) fields by dz whole rows and dx columns along a cubic spline, zeros from outside."""
+    source = np.arange(N_FINE) - dx
+    t = np.abs(source[:, None] - np.arange(N_FINE))
+    weight = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
+    weight[(source < 0) | (source > N_FINE - 1)] = 0
+    moved = np.zeros_like(fields)
+    rows, from_rows = slice(max(dz, 0), N_FINE + min(dz, 0)), slice(max(-dz, 0), N_FINE - max(dz, 0))
+    moved[..., rows, :] = (fields @ (weight @ SPLINE_INVERSE).T)[..., from_rows, :]
+    return moved
+
+
+def _spline_inverse():
+    """Values to coefficients of a cubic spline with mirrored ends: (N_FINE, N_FINE)."""
+    to_values = (4 * np.eye(N_FINE) + np.eye(N_FINE, k=1) + np.eye(N_FINE, k=-1)) / 6
+    to_values[0, 1] = to_values[-1, -2] = 2 / 6
+    return np.linalg.inv(to_values)
+
+
+def _halving_matrix():
+    """Half cells to cells, as an image is scaled by one half: a Gaussian of σ 0.5, then means of two."""
+    gauss = np.exp(-2.0 * np.arange(-2, 3) ** 2)
+    gauss /= gauss.sum()
+    matrix = np.zeros((N_CELLS, N_FINE))
+    for offset in range(-2, 4):
+        weight = (np.append(gauss, 0) + np.append(0, gauss))[offset + 2] / 2
+        column = np.clip(2 * np.arange(N_CELLS) + offset, 0, N_FINE - 1)
+        np.add.at(matrix, (np.arange(N_CELLS), column), weight)
+    return matrix
+
+
+SPLINE_INVERSE, HALVING = _spline_inverse(), _halving_matrix()
+
+
+def _slip_soft(rng, field, first):
+    """Version A's fault: (140, 140) half cells -> (70, 70). `first`: velocities of the upper two layers."""
+    dip = math.radians(np.clip(rng.normal(53, 25), 5, 125))
+    dz = int(rng.choice([-1, 1]) * rng.integers(THROW[0], THROW[1] + 1))
+    result = slip_soft(field, first, dip, dz, rng.uniform(0, 134))
+    return result if rng.random() < 0.5 else result[:, ::-1]
+
+
+def slip_soft(field, first, dip, dz, x_fault):
+    """The fault itself: dip in radians, throw dz in whole half cells, x_fault in half cells at mid-depth.
+
+    The block under the fault slides along it, up or down; what would come from outside stays as it was.
+    Everything leans by six degrees; where that leaves no value, or one broken by interpolation at a cut
+    edge, the old one stays. A median of 3 x 3 cells cleans up: all this is what real maps show.
+    """
+    slope = -1 / math.tan(dip)  # columns for a row down
+    z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
+    block = x - x_fault - slope * (z - N_CELLS) > 0
+    moved, whole = _cubic_shift(np.stack([np.where(block, field, 0), block]), dz, dz * slope)
+    inside = (x - dz * slope >= 0) & (x - dz * slope < N_FINE) & (z - dz >= 0) & (z - dz < N_FINE)
+    moved = np.where(inside & (whole < 0.9), field, moved)
+    z_source, x_source = (z + 0.5) / math.cos(LEAN) - 0.5, x - math.tan(LEAN) * (z + 0.5)
+    result = _bilinear(np.where(block, moved, field), z_source, x_source)
+    result = np.where(result < np.maximum(first[0], 0.6 * field), field, result)
+    across = x_source - x_fault - slope * (z_source - N_CELLS)
+    if dz > 0:
+        mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field)
+        result = np.where(mixed, (result + field) / 2, result)
+    padded = np.pad(HALVING @ result @ HALVING.T, 1, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).reshape(N_CELLS, N_CELLS, 9)
+    return np.clip(np.median(windows, axis=-1), V_MIN, V_MAX)
+
+
+def _slip_sharp(rng, field):
+    """Version B's fault: one side moves along it by whole cells, except where that brings in the outside."""
+    dip = math.radians(rng.triangular(34, 77, 82))  # median 66 degrees
+    slope = rng.choice([-1, 1]) / math.tan(dip)  # cells across for a cell down
+    dz = rng.choice([-1, 1]) * rng.uniform(5, 10)
+    dz, dx = round(dz), round(dz * slope)
+    z, x = np.mgrid[:N_CELLS, :N_CELLS]
+    side = rng.choice([-1, 1]) * (x - rng.uniform(10, 60) - slope * (z - N_CELLS / 2))
+    block = (side > 0) & (x - dx >= 0) & (x - dx <= N_CELLS - 1)
+    moved = field[np.clip(z - dz, 0, N_CELLS - 1), np.clip(x - dx, 0, N_CELLS - 1)]
+    return np.where(block, moved, field)
+
+
+def _faulted(rng, curved, version, layers):
+    """Fault families: A one fault and soft edges, B two or three and sharp ones -> (70, 70)."""
+    n = layers or rng.choice(FAULT_LAYERS[version])
+    thickness = np.full(n, 60 // n)  # four real layers: 15 cells each, and ten more dealt out in turn
+    for k in range(n - 1):
+        thickness[k] += rng.integers(0, N_CELLS - thickness.sum() + 1)
+    thickness[-1] += N_CELLS - thickness.sum()
+    fine = 2 if version == "A" else 1  # points a cell
+    x = np.arange(fine * N_CELLS) / fine
+    depths = np.cumsum(rng.permutation(thickness))[:-1, None] + np.zeros_like(x)
+    for _ in range((1 if version == "A" else rng.integers(2, 4)) if curved else 0):
+        phase = 2 * math.pi * (rng.integers(1, 6) * x / N_CELLS + rng.random())
+        depths = depths + rng.uniform(2, 6) * np.sin(phase)
+    rows = np.round(fine * depths)
+    if version == "A":
+        n_slow = (n + rng.integers(0, 2)) // 2  # of three layers, one or two
+        slow, fast = rng.integers(1500, 3001, n_slow), rng.integers(3000, 4501, n - n_slow)
+        velocities = np.sort(np.append(slow, fast))
+        return _slip_soft(rng, _fill(rows, velocities, N_FINE), velocities[:2])
+    field = _fill(rows, rng.integers(V_MIN, V_MAX + 1, n))
+    for _ in range(rng.integers(2, 4)):
+        field = _slip_sharp(rng, field)
+    return field
+
+
+def _style(rng, version):
+    """Style families: a Gaussian random field (squared-exponential) on a depth trend -> (70, 70)."""
+    deviation, length, noise = STYLE[version]
+    n = 128  # periodic in 128 cells, so nothing wraps round within 70
+    k = 2 * math.pi * np.fft.fftfreq(n)
+    power = np.exp(-0.5 * length**2 * (k[:, None] ** 2 + k**2))
+    white = np.fft.fft2(rng.standard_normal((n, n)))
+    field = np.fft.ifft2(white * np.sqrt(power / power.mean())).real[:N_CELLS, :N_CELLS]
+    trend = rng.uniform(1500, 2000) + rng.uniform(30, 40) * np.arange(N_CELLS)[:, None]
+    field = trend + deviation * field + noise * rng.standard_normal(field.shape)
+    return np.clip(field, V_MIN, V_MAX)
+
+
+def make_maps(family, n, seed, start=0, layers=None):
+    """Velocity maps start … start + n - 1 of a family: (n, 1, 70, 70) float32, m/s.
+
+    Map i depends on (family, seed, i) alone. `layers` fixes the number of
+    layers in Fault families; without it each map draws its own. Raises
+    ValueError for an unknown family, a negative seed or n < 1.
+    """
+    kind, version = check_family(family).split("_")
+    if n < 1 or seed < 0:
+        raise ValueError(f"n = {n}, seed = {seed}; expected n of at least 1 and seed of at least 0")
+    maps = np.empty((n, 1, N_CELLS, N_CELLS), np.float32)
+    for i in range(n):
+        rng = np.random.default_rng([seed, FAMILIES.index(family), start + i])
+        curved = kind.startswith("Curve")
+        if kind.endswith("Vel"):
+            maps[i] = _layered(rng, curved, version == "A")
+        elif kind.endswith("Fault"):
+            maps[i] = _faulted(rng, curved, version, layers)
+        else:
+            maps[i] = _style(rng, version)
+    return maps

@@ -1,0 +1,307 @@
+"""Velocity in, velocity out: ensembles joined, the forerunner's five methods, rounding and snapping.
+
+Everything here works on maps (B, 1, Z, X) in m/s, and knows no gather and no network. The steps of
+`--post=` are the names in `STEPS`. Smoothing makes a good prediction worse: fit first (`--fit`), and let
+`--post=auto` use what helped.
+"""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils import V_MAX, V_MIN
+
+# ---------------------------------------------------------------- several maps into one
+
+
+def fuse(maps, weights=None, how="mean"):
+    """K maps of each sample (K, B, 1, Z, X) into one (B, 1, Z, X): mean, median or adaptive.
+
+    weights: K shares, equal where None. The median is the weighted one: the least value that half of the
+    weight does not exceed, the mean of two where it splits evenly.
+    """
+    w = torch.tensor(weights or [1.0] * len(maps), dtype=torch.float64)
+    w = (w / w.sum()).to(maps).view(-1, 1, 1, 1, 1)
+    if how == "adaptive":
+        return adaptive_fusion(maps, w)
+    if how == "mean":
+        return (w * maps).sum(0)
+    values, order = maps.sort(0)
+    share = w.expand_as(maps).gather(0, order).cumsum(0)
+    low, high = (
+        (share < half).sum(0, keepdim=True).clamp(max=len(maps) - 1) for half in (0.5 - 1e-6, 0.5 + 1e-6)
+    )
+    return ((values.gather(0, low) + values.gather(0, high)) / 2)[0]
+
+
+def adaptive_fusion(maps, weights=1.0, temperature=25.0, size=5):
+    """Attention over candidates (K, B, 1, Z, X) by local confidence -> (B, 1, Z, X).
+
+    A candidate is trusted where it agrees with the others' median: its logit is the negative mean absolute
+    difference in a window of `size` cells over `temperature` m/s.
+    """
+    away = (maps - maps.median(0, keepdim=True).values).abs()
+    away = F.avg_pool2d(F.pad(away.flatten(0, 1), (size // 2,) * 4, mode="replicate"), size, 1)
+    attention = weights * torch.softmax(-away.view_as(maps) / temperature, 0)
+    return (attention * maps).sum(0) / attention.sum(0)
+
+
+def fit_weights(maps, truth, n_steps=400):
+    """Weights of K predictions that minimise the mean absolute error: non-negative, they sum to 1.
+
+    maps (K, B, 1, Z, X), truth (B, 1, Z, X) m/s -> list of K. Exponentiated gradient (Kivinen & Warmuth,
+    1997) stays on the simplex; the best weights met are kept, equal ones at the least.
+    """
+    some = slice(None, None, max(1, truth.numel() // 500_000))  # as many cells tell as much as all
+    p, t = maps.flatten(1)[:, some].double(), truth.flatten()[some].double()
+    logits = torch.zeros(len(p), dtype=torch.float64)
+    best = (math.inf, None)
+    for step in range(n_steps):
+        w = logits.softmax(0)
+        error = w @ p - t
+        best = min(best, (error.abs().mean().item(), w.tolist()))
+        slope = p @ error.sign() / len(t)
+        slope = slope - w @ slope
+        logits = logits - slope / slope.abs().max().clamp(min=1e-9) / math.sqrt(step + 1)
+    return best[1]
+
+
+# ---------------------------------------------------------------- the forerunner's five methods
+
+
+def ensemble_simulation(vel, n=8, jitter=0.01, shift=1):
+    """Mean of `n` copies disturbed as if other networks had made them: many models simulated from one.
+
+    Each copy is moved by up to `shift` cells and multiplied by a smooth random field of strength `jitter`.
+    The fields come in mirrored pairs: a mirrored map gives the mirrored result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    fields = F.interpolate(torch.randn(n // 2, 1, 8, 8, generator=generator), vel.shape[-2:], mode="bicubic")
+    total = torch.zeros_like(vel)
+    padded = F.pad(vel, (shift,) * 4, mode="replicate")
+    nz, nx = vel.shape[-2:]
+    for k, field in enumerate(fields.to(vel)):
+        dz, dx = ((k % 3) - 1) * shift, (k // 3 % 2) * shift
+        for sign, change in ((1, field), (-1, field.flip(-1))):
+            z, x = shift + dz, shift + sign * dx
+            total += padded[..., z : z + nz, x : x + nx] * (1 + jitter * change)
+    return total / (2 * len(fields))
+
+
+def fused_candidates(vel):
+    """`adaptive_fusion` of a map with its smoothed and median-filtered selves."""
+    padded = F.pad(vel, (1,) * 4, mode="replicate")
+    median = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).median(4).values
+    return adaptive_fusion(torch.stack([vel, gaussian(vel, 1.0), median]))
+
+
+N_BANDS, N_KNOTS = 7, 9  # of depth, and of predicted velocity
+
+
+def fit_statistics(vel, truth):
+    """What a network gets wrong on average, from predictions and truth (N, 1, Z, X): a dict for JSON.
+
+    `bias`: median of truth − prediction in bands of depth by predicted velocity (knots at its quantiles);
+    `low`, `high`: the range of 99.8 % of the true velocities in each row.
+    """
+    knots, bias = [], []
+    bands = zip(vel.tensor_split(N_BANDS, 2), truth.tensor_split(N_BANDS, 2), strict=True)
+    for p, t in ((p.flatten().numpy(), t.flatten().numpy()) for p, t in bands):
+        edges = np.quantile(p, np.linspace(0, 1, N_KNOTS + 1))
+        inside = np.clip(np.searchsorted(edges, p, "right") - 1, 0, N_KNOTS - 1)
+        cells = [inside == k for k in range(N_KNOTS)]
+        knots.append([float(np.median(p[c])) if c.any() else float(edges[k]) for k, c in enumerate(cells)])
+        bias.append([float(np.median((t - p)[c])) if c.any() else 0.0 for c in cells])
+    rows = truth[:, 0].movedim(1, 0).flatten(1).numpy()
+    low, high = np.quantile(rows, (0.001, 0.999), axis=1)
+    return {"knots": knots, "bias": bias, "low": low.tolist(), "high": high.tolist()}
+
+
+def statistical_correction(vel, statistics):
+    """Add the fitted bias by depth and velocity, linear between knots, and bring outliers into range."""
+    parts = []
+    for part, knots, bias in zip(
+        vel.tensor_split(N_BANDS, 2), *map(statistics.get, ("knots", "bias")), strict=True
+    ):
+        values = part.cpu().numpy()
+        order = np.argsort(knots)
+        parts.append(
+            torch.from_numpy(values + np.interp(values, np.array(knots)[order], np.array(bias)[order]))
+        )
+    low, high = (torch.tensor(statistics[name], dtype=torch.float64)[:, None] for name in ("low", "high"))
+    return torch.cat(parts, 2).clamp(low, high).to(vel)
+
+
+def frequency_filter(vel, cutoff=0.5):
+    """Gaussian low-pass of the map, continued by its mirror images: half is gone at `cutoff` × Nyquist."""
+    nz, nx = vel.shape[-2:]
+    whole = torch.cat([vel, vel.flip(2)], 2)
+    whole = torch.cat([whole, whole.flip(3)], 3)  # periodic without a jump at the edges
+    kz, kx = torch.fft.fftfreq(2 * nz) * 2, torch.fft.rfftfreq(2 * nx) * 2
+    gain = torch.exp2(-(kz[:, None] ** 2 + kx**2) / cutoff**2).to(vel)
+    return torch.fft.irfft2(torch.fft.rfft2(whole) * gain, s=whole.shape[-2:])[..., :nz, :nx]
+
+
+def gaussian(vel, sigma=1.0):
+    """Gaussian smoothing of width `sigma` cells, edges repeated."""
+    half = math.ceil(3 * sigma)
+    kernel = torch.exp(-(torch.arange(-half, half + 1).to(vel) ** 2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    vel = F.conv2d(F.pad(vel, (0, 0, half, half), mode="replicate"), kernel.view(1, 1, -1, 1))
+    return F.conv2d(F.pad(vel, (half, half, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+
+
+def bilateral(vel, sigma=1.5, sigma_vel=100.0, size=5):
+    """Smoothing that keeps edges: weights fall with distance and with velocity difference (Tomasi, 1998)."""
+    half = size // 2
+    padded = F.pad(vel, (half,) * 4, mode="replicate")
+    nz, nx = vel.shape[-2:]
+    total, weight = torch.zeros_like(vel), torch.zeros_like(vel)
+    for z in range(size):
+        for x in range(size):
+            near = padded[..., z : z + nz, x : x + nx]
+            distance = ((z - half) ** 2 + (x - half) ** 2) / (2 * sigma**2)
+            w = torch.exp(-distance - (near - vel) ** 2 / (2 * sigma_vel**2))
+            total, weight = total + w * near, weight + w
+    return total / weight
+
+
+# ---------------------------------------------------------------- what layered maps allow
+
+
+def flat_rows(vel):
+    """Each row its median: for maps that are known to be flat (`waveform.is_flat`)."""
+    return vel.median(3, keepdim=True).values.expand_as(vel).clone()
+
+
+def snap(vel, width=40.0, share=0.7):
+    """Give each cell the nearest of the map's own few velocities: (B, 1, Z, X) -> the same shape.
+
+    The velocities are the peaks of the map's histogram smoothed over `width` m/s, each the median of its
+    cells. A map with less than `share` of its cells within `width` of a peak is not layered and is left
+    alone.
+    """
+    return torch.stack([_snap_one(v, width, share) for v in vel])
+
+
+def _snap_one(vel, width, share):
+    values = vel.flatten().cpu().double().numpy()
+    start = math.floor(values.min() - 4 * width)
+    counts = np.bincount((values - start).astype(int), minlength=int(values.max() - start + 4 * width) + 1)
+    reach = np.arange(-int(3 * width), int(3 * width) + 1)
+    density = np.convolve(counts, np.exp(-0.5 * (reach / (width / 2)) ** 2), "same")
+    is_peak = (density[1:-1] >= density[:-2]) & (density[1:-1] > density[2:])
+    peaks = np.flatnonzero(is_peak) + 1
+    peaks = peaks[density[peaks] > 0.01 * len(values)] + start + 0.5
+    if not len(peaks):
+        return vel
+    nearest = np.abs(values[:, None] - peaks).argmin(1)
+    close = np.abs(values - peaks[nearest]) <= width
+    if close.mean() < share:
+        return vel
+    levels = [np.median(values[close & (nearest == k)]) if (close & (nearest == k)).any() else peaks[k]
+              for k in range(len(peaks))]  # fmt: skip
+    return torch.from_numpy(np.array(levels)[nearest]).to(vel).view_as(vel)
+
+
+# ---------------------------------------------------------------- chains
+
+STEPS = {  # name in --post: function; those in LAYERED, FLAT and FITTED need to know more
+    "ensemble_simulation": ensemble_simulation,
+    "adaptive_fusion": fused_candidates,
+    "statistical_correction": statistical_correction,
+    "frequency_filter": frequency_filter,
+    "gaussian": gaussian,
+    "bilateral": bilateral,
+    "flat_rows": flat_rows,
+    "snap": snap,
+    "round": torch.round,
+    "clip": partial(torch.clamp, min=V_MIN, max=V_MAX),
+}
+FLAT, LAYERED, FITTED = ("flat_rows",), ("snap",), ("statistical_correction",)
+
+
+def run_step(name, vel, families, statistics=None):
+    """One step on maps (B, 1, Z, X); families: the recognised one of each map, or None.
+
+    `flat_rows` changes maps recognised as Flat only, `snap` all but Style.
+    """
+    if name in FITTED:
+        return STEPS[name](vel, statistics)
+    changed = STEPS[name](vel)
+    if name in FLAT + LAYERED:
+        fits = [("FlatVel" in (f or "")) if name in FLAT else "Style" not in (f or "") for f in families]
+        return torch.where(torch.tensor(fits, device=vel.device).view(-1, 1, 1, 1), changed, vel)
+    return changed
+
+
+def check_steps(names, is_fitted=True):
+    """Raise ValueError for a step that there is not, or that needs statistics where none are fitted."""
+    for name in names:
+        if name not in STEPS:
+            all_names = ", ".join(STEPS)
+            raise ValueError(f"--post={name}: expected some of {all_names}, divided by commas, or auto")
+        if name in FITTED and not is_fitted:
+            raise ValueError(f"--post={name} needs statistics: fit by --fit=FILE, give it by --use=FILE")
+
+
+def mae_of(vel, truth):
+    """Mean absolute error of each map: (B, 1, Z, X) twice -> (B,) float64 m/s."""
+    return (vel.cpu().double() - truth.cpu().double()).abs().mean((1, 2, 3))
+
+
+def helps(before, after):
+    """Whether errors (N,) fell beyond chance: the mean gain exceeds twice its standard error."""
+    gain = before - after
+    return len(gain) > 1 and gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) and gain.mean() > 0
+
+
+def try_steps(vel, truth, families):
+    """Every step alone on predictions (N, 1, Z, X), and the chain of those that help.
+
+    Returns ({step: errors (N,)}, chain, errors of the chain). Statistics are judged on the half of the maps
+    that they were not fitted on. The chain grows by the step that helps most, while one does.
+    """
+    half = torch.arange(len(vel)) % 2 == 0
+
+    def run(name, maps):
+        if name not in FITTED:
+            return run_step(name, maps, families)
+        corrected = maps.clone()
+        for part in (half, ~half):
+            corrected[part] = statistical_correction(maps[part], fit_statistics(maps[~part], truth[~part]))
+        return corrected
+
+    names = [name for name in STEPS if name not in FITTED or len(vel) > 1]
+    chain, best, best_error, alone = [], vel, mae_of(vel, truth), None
+    while True:
+        tried = {name: run(name, best) for name in names if name not in chain}
+        errors = {name: mae_of(maps, truth) for name, maps in tried.items()}
+        alone = alone or errors
+        helpful = [name for name, error in errors.items() if helps(best_error, error)]
+        if not helpful:
+            return alone, chain, best_error
+        chain.append(min(helpful, key=lambda name: errors[name].mean()))
+        best, best_error = tried[chain[-1]], errors[chain[-1]]
+
+
+def load_fit(path, n_members):
+    """Read what `--fit` wrote; raises ValueError where it is not that, or of other networks in number."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fit = json.load(file)
+        weights, steps = fit["ensemble_weights"], fit["post"]
+        check_steps(steps)
+        if not all(name in fit["statistics"] for name in ("knots", "bias", "low", "high")):
+            raise KeyError("statistics")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file that --fit wrote ({error}); fit again") from None
+    if len(weights) != n_members:
+        raise ValueError(
+            f"{path}: fitted for {len(weights)} checkpoints, --ckpt names {n_members}; fit again"
+        )
+    return fit

@@ -1,0 +1,370 @@
+"""Layered and faulted maps found from a gather: candidates fitted in a time window that grows.
+
+From the top down, since late echoes mislead while the layers above are wrong. A guess (the network's map)
+helps, but is not needed for layers. Sizes of populations and windows were chosen on real training maps.
+"""
+
+import math
+import wave
+
+import numpy as np
+
+from gauss_newton import gauss_newton, settle
+from layers import SPACINGS, Fault, Layers, paint, shade
+from maps import N_CELLS
+
+FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
+WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
+FAULT_WINDOWS = ((220, 12), (300, 10), (400, 8), (520, 5), (680, 4), (1000, 3))
+UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
+WAVELET = 110  # samples after which most of an echo's wavelet has come
+CONTRASTS = (20, 80, 180, 320, 500, 800, 1200, 1800)  # m/s, tried across a new interface
+
+
+def surface_velocity(observed):
+    """Velocities at the sources, read from the first sample: p = (v dt)² w_0, (S,) m/s."""
+    first = [float(observed.seis[s, 0, x]) for s, x in enumerate(observed.sources)]
+    w_0 = wave.ricker(1).item()
+    return np.sqrt(np.maximum(np.array(first) / w_0, 0)) / wave.OPENFWI.dt_s
+
+
+def top_velocity(observed):
+    """Velocity of the uppermost layer, m/s: read from the first sample, or fitted where noise hides that."""
+    v = surface_velocity(observed)
+    if observed.noise < 1e-5 * abs(wave.ricker(1).item()) and v.min() > 1000:
+        return float(np.clip(np.rint(v.min()), 1500, 4500))
+    tried = np.arange(1500.0, 4501.0, 50)
+    norms = observed.residuals([np.full((N_CELLS, N_CELLS), v) for v in tried], 90).norm(dim=1)
+    return float(tried[int(norms.argmin())])
+
+
+def _distinct(population, keep):
+    """The best of (norm, theta, model), few of each norm, none twice.
+
+    Where no echo has come yet all fit alike, and the order of the starts stands.
+    """
+    chosen = []
+    for one in sorted(population, key=lambda one: max(one[0], UNHEARD)):
+        alike = [other for other in chosen if abs(one[0] - other[0]) < 0.01 * other[0] + 0.1 * UNHEARD]
+        near = [other for other in alike if np.abs((one[1] - other[1]) / one[2].scale).max() < 0.5]
+        if not near and (len(alike) < 3 or one[0] < UNHEARD):
+            chosen.append(one)
+    return chosen[:keep]
+
+
+def _evolve(observed, population, windows, breed, target, rng):
+    """Fit a population in growing windows, bred further where none fits: best first, (norm, theta, model)."""
+
+    def fit(some, n_samples, n_steps):
+        fitted = []
+        for theta, model in some:
+            theta, norm = gauss_newton(
+                observed, model.smooth, model.clip(theta), model.scale, n_samples, n_steps, model.clip
+            )
+            fitted.append((norm, theta, model))
+        return fitted
+
+    for n_samples, keep in windows:
+        enough, n_idle = target(n_samples), 0
+        population = _distinct(fit([one[1:] for one in population], n_samples, 5), keep)
+        for _ in range(10):
+            least = population[0][0]
+            if least < enough or n_idle == 3 or observed.late:
+                break
+            bred = fit([breed(population) for _ in range(12)], n_samples, 4)
+            population = _distinct(population + bred, keep)
+            n_idle = 0 if population[0][0] < 0.97 * least else n_idle + 1
+    return population
+
+
+def _parents(population, rng):
+    """Two of a population, the better the likelier: (theta, model) each, thetas copied."""
+    picks = np.minimum(rng.exponential(2.0, 2).astype(int), len(population) - 1)
+    return [(population[i][1].copy(), population[i][2]) for i in picks]
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _depths_beneath(observed, top):
+    """First interface beneath each source, as if the ground were flat there: [(cells, m/s below), …]."""
+    grid = [
+        (depth, top * ratio)
+        for depth in np.arange(4.0, 37.0)
+        for ratio in (1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0)
+        if top * ratio <= 4500
+    ]
+    n_samples = min(1000, int(2e4 * 37 / top + 120))
+    maps = [shade(np.array([top, v]), np.full((1, N_CELLS), depth)) for depth, v in grid]
+    made = observed.simulate([np.full((N_CELLS, N_CELLS), top), *maps], n_samples)
+    found = []
+    for s, cell in enumerate(observed.sources):
+        near = slice(max(0, cell - 7), cell + 8)
+        error = (
+            (made[:, s, :, near] - observed.seis[s, :n_samples, near]).square().sum(2).cumsum(1).cpu().numpy()
+        )
+        ends = [min(n_samples - 1, int(2e4 * depth / top + 85)) for depth, _ in grid]
+        ratio = [error[i + 1, end] / (error[0, end] + 1e-5 * error[0, -1]) for i, end in enumerate(ends)]
+        found.append(grid[int(np.argmin(ratio))])
+    return found
+
+
+def _fit_controls(layers, cells, depths, smoothness=0.3):
+    """Controls of the first interface through depths at some columns."""
+    bend = smoothness * np.diff(np.eye(layers.m), 2, axis=0)
+    target = np.concatenate([np.asarray(depths) - 0.3, np.zeros(len(bend))])
+    return np.linalg.lstsq(np.vstack([layers.basis[np.asarray(cells)], bend]), target, rcond=None)[0]
+
+
+def _first_starts(observed, layers, top, guess, rng, n=24):
+    beneath = _depths_beneath(observed, top)
+    below = np.median([v for _, v in beneath])
+    starts = [
+        np.concatenate([[top, below], _fit_controls(layers, observed.sources, [d for d, _ in beneath])])
+    ]
+    if layers.m == 1:
+        starts += [np.array([top, v, depth - 0.3]) for depth, v in beneath]
+    for ratio in (1.1, 1.2, 1.35) if guess is not None else ():
+        above = np.vstack([guess > top * ratio, np.ones((1, N_CELLS), bool)])
+        controls = _fit_controls(layers, range(N_CELLS), above.argmax(0).clip(3, 40), 1.0)
+        starts.append(np.concatenate([[top, min(4500, top * (2 * ratio - 1))], controls]))
+    n_found = len(starts)
+    while len(starts) < n:
+        start = starts[rng.integers(n_found)].copy()
+        start[1] = top + rng.uniform(50, 1200)
+        start[2:] += rng.normal(0, 3, layers.m)
+        starts.append(start)
+    return starts
+
+
+def _first_interfaces(observed, curved, increasing, guess, rng):
+    """The uppermost interface: up to two fits, best first, (norm, theta, Layers)."""
+    layers = Layers(1, 0.0, curved, increasing)
+
+    def breed(population):
+        (theta, _), (other, _) = _parents(population, rng)
+        controls, m = theta[2:], layers.m
+        if rng.random() < 0.5:  # the left of one, the right of the other
+            cut = rng.integers(0, m)
+            controls[cut:] = other[2:][cut:]
+        if rng.random() < 0.7:
+            j = rng.integers(0, m)
+            controls[j : j + rng.integers(1, 4)] += rng.normal(0, 5)
+        if rng.random() < 0.2:
+            controls[rng.integers(0, m)] = rng.uniform(3, 30)
+        if rng.random() < 0.3:
+            theta[1] += rng.normal(0, 150)
+        return theta, layers
+
+    starts = _first_starts(observed, layers, top_velocity(observed), guess, rng)
+    population = [(math.inf, theta, layers) for theta in starts]
+
+    def target(n_samples):  # what the rounding of depths to cells leaves
+        return 0.006 + 6e-5 * (n_samples - 100) + observed.floor(n_samples)
+
+    population = _evolve(observed, population, FIRST_WINDOWS, breed, target, rng)
+    n_samples = FIRST_WINDOWS[-1][0]
+    while n_samples < 1000:
+        velocities, depths = layers.split(population[0][1])
+        if n_samples > _echo_time(velocities, _shallow(depths)) + WAVELET:
+            break
+        n_samples = int(1.2 * n_samples)  # a deep interface has not been heard yet
+        population = _evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target, rng)
+    return population[:2]
+
+
+def _shallow(depths):
+    """A depth of each interface (K, 70) that all but a seventh of its columns exceed."""
+    return np.sort(depths, 1)[:, N_CELLS // 7]
+
+
+def _echo_time(velocities, depths):
+    """Two-way time, in samples, straight down through layers to the last depth in cells."""
+    at = [0.5, *depths]
+    return sum(2e4 * max(b - a, 0) / v for a, b, v in zip(at, at[1:], velocities, strict=False))
+
+
+def _add_interface(observed, layers, theta, n_samples):
+    """One interface more, its contrast and common shift chosen by trial."""
+    last = theta[layers.n]
+    steps = [s * c for c in CONTRASTS for s in ((1,) if layers.increasing else (1, -1))]
+    velocities = sorted({float(np.clip(last + step, 1500, 4500)) for step in steps})
+    trials = [layers.deeper(theta, v, shift) for v in velocities for shift in (-0.6, 0.0, 0.6)]
+    norms = observed.residuals([model.smooth(t) for model, t in trials], n_samples).norm(dim=1)
+    return trials[int(norms.argmin())]
+
+
+def _grow(observed, first, curved, increasing):
+    """All interfaces from the first: the best (norm, theta, Layers) over the possible spacings."""
+    hypotheses = []  # (strikes, theta, layers)
+    for _, theta, layers in first:
+        middle = np.sort(layers.split(theta)[1][0])[5:-5].mean()
+        for spacing in SPACINGS:
+            n_above = max(0, math.ceil((middle - 2) / spacing - 1.5))  # contrasts too faint to be heard alone
+            if middle - n_above * spacing >= 0.5 * spacing - 2:
+                model = Layers(1 + n_above, spacing, curved, increasing)
+                shifts = np.zeros(n_above * layers.m)
+                parts = [np.full(n_above, theta[0]), theta[:2], theta[2:] - n_above * spacing, shifts]
+                hypotheses.append((0, np.concatenate(parts), model))
+    for n_samples in WINDOWS:
+        fitted, done = {}, []
+        for number, (strikes, theta, layers) in enumerate(hypotheses):
+            while layers.n < round(N_CELLS / layers.spacing):
+                velocities, depths = layers.split(theta)
+                if np.median(depths[-1]) + layers.spacing > N_CELLS + 5:
+                    break
+                echo = _echo_time(velocities, [*_shallow(depths), _shallow(depths)[-1] + layers.spacing - 1])
+                if echo + 70 > n_samples:
+                    break
+                window = min(1000, max(n_samples, int(echo + WAVELET + 40)))
+                layers, theta = _add_interface(observed, layers, theta, window)
+            key = tuple(theta.round(1)) if layers.n == 1 else number  # spacings tell apart from the second on
+            if key not in fitted:
+                fitted[key] = gauss_newton(
+                    observed,
+                    layers.smooth,
+                    theta,
+                    layers.scale,
+                    n_samples,
+                    4,
+                    layers.clip,
+                    prior=layers.prior,
+                )
+            done.append((*fitted[key][::-1], strikes, layers))
+        done.sort(key=lambda one: one[0])
+        limit = 2 * done[0][0] + 1e-3
+        # twice worse than the best twice over: once may be an echo that only the other model had added
+        hypotheses = [
+            (strikes + 1 if norm > limit else 0, theta, layers)
+            for norm, theta, strikes, layers in done
+            if norm <= limit or strikes == 0 and n_samples < WINDOWS[-2]
+        ][: 8 if n_samples < 500 else 4 if n_samples < 700 else 2]
+    norm, theta, _, layers = done[0]
+    return norm, theta, layers
+
+
+def find_layers(observed, curved, increasing=True, guess=None, n_starts=4):
+    """A map of flat or curved layers that explains a gather: (map (70, 70), norm of its residuals).
+
+    Begun again with other random numbers, up to `n_starts` times, while it explains less than noise allows.
+    """
+    best = (math.inf, None)
+    columns = [[x] for x in range(N_CELLS)] if curved else [list(range(N_CELLS))]
+    for seed in range(n_starts):
+        rng = np.random.default_rng(seed)
+        first = _first_interfaces(observed, curved, increasing, guess, rng)
+        _, theta, layers = _grow(observed, first, curved, increasing)
+        prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+        theta, norm = gauss_newton(
+            observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
+        )
+        velocities, cells = np.rint(theta[: layers.n + 1]), layers.cells(theta)
+        velocities, cells, norm = settle(observed, paint, velocities, cells, columns, increasing=increasing)
+        best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
+        if best[0] < (0.02 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
+            break
+    return best[1], best[0]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def _map_fit(model, theta, guess, n_steps=8):
+    """theta whose map is nearest to a guess, and the mean absolute difference; no simulation."""
+
+    def difference(t):
+        error = (model.smooth(t) - guess).ravel()
+        return np.sign(error) * np.sqrt(np.abs(error) + 10)
+
+    residual, damping = difference(theta), 0.1
+    for _ in range(n_steps):
+        eye = 0.1 * np.diag(model.scale)
+        jacobian = np.stack([(difference(theta + step) - residual) / 0.1 for step in eye], 1)
+        hessian, slope = jacobian.T @ jacobian, jacobian.T @ residual
+        for _ in range(4):
+            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian) + 1), slope)
+            trial = model.clip(theta - step * model.scale)
+            if (tried := difference(trial)) @ tried < residual @ residual:
+                break
+            damping *= 6
+        else:
+            break
+        theta, residual, damping = trial, tried, max(damping / 6, 1e-4)
+    return np.abs(model.smooth(theta) - guess).mean(), theta, model
+
+
+def _random_fault(n, guess, rng):
+    """A fault as the generator draws it, its velocities the guess's medians: (theta, Fault)."""
+    model = Fault(n, bool(rng.integers(2)))
+    thickness = rng.permutation(np.full(n + 1, 60 / (n + 1))) + 10 * rng.dirichlet(np.ones(n + 1))
+    dip = np.clip(rng.normal(53, 25), 15, 115)
+    throw = rng.choice([-1, 1]) * rng.integers(10, 21)
+    velocities = np.linspace(1500, 4500, n + 1)
+    theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [rng.uniform(5, 130), dip, throw]])
+    layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
+    medians = [np.median(guess[layer == k]) if (layer == k).any() else velocities[k] for k in range(n + 1)]
+    theta[: n + 1] = np.maximum.accumulate(medians)
+    return theta, model
+
+
+def _refine_fault(observed, theta, model, norm):
+    """Coordinate search on the sharp map, whose throw is whole half cells, between Gauss-Newton steps."""
+    n = model.n + 1
+    moves = {len(theta) - 1: (-1, 1), len(theta) - 3: (-1, -0.4, 0.4, 1), len(theta) - 2: (-2, -0.5, 0.5, 2)}
+    moves |= dict.fromkeys(range(n, len(theta) - 3), (-1, 1))
+    moves |= dict.fromkeys(range(n), (-8, -3, -1, 1, 3, 8))
+    for _ in range(8):
+        trials = []
+        for j, steps in moves.items():
+            for step in steps:
+                trial = theta.copy()
+                trial[j] += step
+                trials.append(model.clip(trial))
+        norms = observed.residuals([model.sharp(t) for t in trials], 1000).norm(dim=1)
+        best = int(norms.argmin())
+        if float(norms[best]) >= 0.999 * norm or observed.late:
+            break
+        theta, norm = trials[best], float(norms[best])
+        theta, norm = gauss_newton(
+            observed, model.smooth, theta, model.scale, 1000, 3, model.clip, model.sharp, least_gain=1e-2
+        )
+    return theta, norm
+
+
+def find_fault(observed, guess, n_layers=(4, 3, 2), seed=0):
+    """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals)."""
+    rng = np.random.default_rng(seed)
+    best = (math.inf, None, None)
+    for n in n_layers:
+        drawn = [_random_fault(n - 1, guess, rng) for _ in range(200)]
+        drawn.sort(key=lambda one: np.abs(one[1].smooth(one[0]) - guess).mean())
+        population = [_map_fit(model, theta, guess) for theta, model in drawn[:12]]
+
+        def breed(population, n=n):
+            (theta, model), (other, other_model) = _parents(population, rng)
+            kind = rng.random()
+            if kind < 0.4:
+                theta[-3:], model = other[-3:], other_model
+            elif kind < 0.5:
+                model = Fault(model.n, not model.mirrored)
+                theta[-3] = 134 - theta[-3]
+            elif kind < 0.6:
+                theta[-1] *= -1
+            elif kind < 0.75:
+                theta[-3:] = _random_fault(n - 1, guess, rng)[0][-3:]
+            if rng.random() < 0.7:
+                j = rng.integers(len(theta))
+                theta[j] += rng.normal(0, 2) * model.scale[j]
+            return theta, model
+
+        def target(n_samples):
+            return 0.02 + observed.floor(n_samples)
+
+        population = _evolve(observed, population, FAULT_WINDOWS, breed, target, rng)
+        norm, theta, model = population[0]
+        sharp = float(observed.residuals([model.sharp(theta)], 1000)[0].norm())
+        theta, sharp = _refine_fault(observed, theta, model, sharp)
+        best = min(best, (sharp, model.sharp(theta)), (norm, model.smooth(theta)), key=lambda one: one[0])[:2]
+        if best[0] < 0.05 + 1.1 * observed.floor(1000) or observed.late:
+            break
+    return best[1], best[0]

@@ -1,0 +1,361 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_pair
+
+import files
+from files import Index, check_values, find_pairs, read_sample, scan
+from npy import check_array, is_finite, open_array, read_header
+
+
+@pytest.mark.parametrize("above", ["data", "seis", "model/vel", "with space/ünïcode", "data/data"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_layout_is_found_under_any_folder_names(tmp_path, above, dtype):
+    written = {
+        write_pair(tmp_path / above, family, n=2, dtype=dtype)
+        for family in ("FlatVel_A", "FlatFault_B", "Style_A")
+    }
+    pairs = find_pairs([tmp_path])
+    assert {(pair.seis, pair.vel) for pair in pairs} == written
+    assert {pair.family for pair in pairs} == {"FlatVel_A", "FlatFault_B", "Style_A"}
+    for pair in pairs:
+        seis, vel = read_sample(pair, 1)
+        assert seis.dtype == vel.dtype == dtype
+        assert np.array_equal(seis, np.load(pair.seis)[1]) and np.array_equal(vel, np.load(pair.vel)[1])
+
+
+def test_seismic_and_velocity_in_one_folder_and_linked_folders_are_found(tmp_path):
+    seis, vel = write_pair(tmp_path / "a", "CurveVel_B", n=1)
+    os.rename(vel, seis.with_name("model1.npy"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
+    assert find_pairs([tmp_path / "b"])[0].vel.name == "model1.npy"
+
+
+def test_links_in_a_circle_and_roots_within_each_other_give_each_file_once(tmp_path):
+    seis, vel = write_pair(tmp_path, "CurveVel_B", n=1)
+    (tmp_path / "CurveVel_B" / "up").symlink_to(tmp_path)
+    (seis.with_name("data2.npy")).symlink_to(seis)
+    (vel.with_name("model2.npy")).symlink_to(vel)
+    assert len(find_pairs([tmp_path, tmp_path / "CurveVel_B", str(tmp_path)])) == 1
+
+
+def test_files_come_in_natural_order_and_may_hold_any_number_of_samples(tmp_path):
+    for number, n in ((10, 1), (9, 3), (1, 2)):
+        write_pair(tmp_path, "FlatVel_A", number, n=n)
+    pairs = find_pairs([tmp_path])
+    assert [(pair.seis.name, pair.n) for pair in pairs] == [
+        ("data1.npy", 2),
+        ("data9.npy", 3),
+        ("data10.npy", 1),
+    ]
+
+
+# ---------------------------------------------------------------- bad files
+
+
+def resave(path, change):
+    np.save(path, change(np.load(path)))
+
+
+def archived(seis, vel):
+    np.savez(seis.with_suffix(".npz"), np.load(seis))
+    os.replace(seis.with_suffix(".npz"), seis)
+
+
+def swapped(seis, vel):
+    os.rename(seis, seis.with_name("x.npy"))
+    os.rename(vel, seis)
+    os.rename(seis.with_name("x.npy"), vel)
+
+
+def with_nan(array, value=np.nan):
+    array[1, 0, 2, 4] = value
+    return array
+
+
+BAD = {  # name: (what is done to a good pair, which file is named, what must be said)
+    "no velocity": (lambda s, v: v.unlink(), 0, "no velocity file model1.npy"),
+    "truncated": (lambda s, v: os.truncate(s, 1000), 0, "truncated: 1000 bytes, expected 2800128"),
+    "longer": (lambda s, v: os.truncate(v, 40_000), 1, "overwritten or damaged: 40000 bytes, expected 39328"),
+    "not npy": (lambda s, v: s.write_bytes(b"PK garbage"), 0, "not a .npy file"),
+    "empty file": (lambda s, v: s.write_bytes(b""), 0, "not a .npy file"),
+    "new version": (lambda s, v: s.write_bytes(b"\x93NUMPY\x09\x00"), 0, "not a .npy file"),
+    "archive": (archived, 0, "an .npz archive"),
+    "shape": (
+        lambda s, v: resave(s, lambda a: a[..., :69]),
+        0,
+        "(2, 5, 1000, 69), expected (n, 5, 1000, 70)",
+    ),
+    "swapped": (swapped, 0, "seismic and velocity are swapped"),
+    "no samples": (lambda s, v: (resave(s, lambda a: a[:0]), resave(v, lambda a: a[:0])), 0, "shape (0, 5"),
+    "integers": (lambda s, v: resave(v, lambda a: a.astype(np.int32)), 1, "int32, expected float16"),
+    "big-endian": (
+        lambda s, v: resave(s, lambda a: a.astype(">f4")),
+        0,
+        "big-endian bytes (dtype >f4), expected",
+    ),
+    "Fortran": (lambda s, v: resave(s, np.asfortranarray), 0, "Fortran order, expected C order"),
+    "objects": (
+        lambda s, v: resave(v, lambda a: a.astype(object)),
+        1,
+        "Python objects (dtype object), expected",
+    ),
+    "count": (lambda s, v: resave(s, lambda a: a[:1]), 0, "1 samples, but"),
+    "family": (
+        lambda s, v: s.parents[1].rename(s.parents[2] / "FlatVell_A"),
+        None,
+        "did you mean FlatVel_A?",
+    ),
+    "packed": (
+        lambda s, v: resave(s, lambda a: a[..., :72, :70].repeat(2, 3)[..., :72]),
+        0,
+        "its pack.json above",
+    ),
+    "nan": (lambda s, v: resave(s, with_nan), 0, "sample 1 of the seismic holds NaN or infinity"),
+    "infinity": (
+        lambda s, v: resave(v, lambda a: with_nan(a, -np.inf)),
+        1,
+        "sample 1 of the velocity holds NaN",
+    ),
+    "km/s": (lambda s, v: resave(v, lambda a: a / 1000), 1, "expected velocities in m/s"),
+    "zeros": (lambda s, v: resave(s, lambda a: a * [[[[0]]], [[[1]]]]), 0, "sample 0 is all zeros"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_named_explained_and_left_out_if_asked_to(tmp_path, name, capsys):
+    spoil, which, message = BAD[name]
+    both = write_pair(tmp_path, "FlatVel_A", n=2)
+    write_pair(tmp_path, "Style_B", n=1)
+    spoil(*both)
+    named = both[which] if which is not None else tmp_path / "FlatVell_A" / "data" / "data1.npy"
+    with pytest.raises(ValueError) as error:
+        check_values(find_pairs([tmp_path]))
+    assert str(named) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    left = check_values(find_pairs([tmp_path], skip_bad=True), skip_bad=True)
+    assert [pair.family for pair in left] == ["Style_B"]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"left out: {named}") and message in printed and len(printed.splitlines()) == 1
+
+
+def test_missing_folders_files_and_families_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        find_pairs([tmp_path / "none"])
+    with pytest.raises(ValueError, match="see the README for the layout"):
+        find_pairs([tmp_path])
+    seis, _ = write_pair(tmp_path, "FlatVel_A", n=1)
+    write_pair(tmp_path, "Style_B", n=1)
+    with pytest.raises(ValueError, match="no files of Style_A"):
+        find_pairs([tmp_path], ("Style_A",))
+    with pytest.raises(ValueError, match="did you mean Style_A"):
+        find_pairs([tmp_path], ("Style_a",))
+    assert [pair.family for pair in find_pairs([tmp_path], ("Style_B",))] == ["Style_B"]
+    for path in (seis, tmp_path / "Style_B" / "data" / "data1.npy"):
+        os.truncate(path, 10)
+    with pytest.raises(ValueError, match=r"data1.npy: truncated.*\(1 more: python data.py .*\)"):
+        find_pairs([tmp_path])
+    with pytest.raises(ValueError, match="no good files; the first one: .*truncated"):
+        find_pairs([tmp_path], skip_bad=True)
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        read_header(tmp_path)
+
+
+def test_values_that_are_all_bad_leave_nothing(tmp_path):
+    seis, _ = write_pair(tmp_path, "FlatVel_A", n=1)
+    resave(seis, lambda a: a * np.nan)
+    with pytest.raises(ValueError, match="NaN or infinity.*; no good files are left"):
+        check_values(find_pairs([tmp_path]), skip_bad=True)
+
+
+def test_of_a_large_set_three_samples_a_file_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FULL_CHECK_GB", 0)
+    seis, _ = write_pair(tmp_path, "FlatVel_A", n=7)
+    resave(seis, lambda a: with_nan(a, np.inf))
+    pair = find_pairs([tmp_path])[0]
+    assert check_values([pair]) == [pair]  # samples 0, 3 and 6
+    with pytest.raises(ValueError, match="sample 1 of the seismic"):
+        read_sample(pair, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_finite_is_what_numpy_calls_finite(dtype):
+    largest = np.finfo(dtype).max
+    for value in (0, -0.0, largest, -largest, np.finfo(dtype).tiny, np.nan, -np.nan, np.inf, -np.inf):
+        array = np.array([1, value, -1], dtype)
+        assert is_finite(array) == np.isfinite(array).all(), value
+
+
+# ---------------------------------------------------------------- files that change in use
+
+
+def test_a_file_cut_off_overwritten_or_gone_in_use_is_an_error_with_its_name(tmp_path):
+    seis, vel = write_pair(tmp_path, "FlatVel_A", n=3)
+    pair = find_pairs([tmp_path])[0]
+    read_sample(pair, 2)
+    for sample in (3, -1):
+        with pytest.raises(IndexError, match=f"sample {sample} of 3"):
+            pair.gathers[sample]
+    whole = seis.read_bytes()
+    os.truncate(seis, 3_000_000)
+    for sample in (0, 2):  # that is still there, and that is not
+        with pytest.raises(ValueError, match="data1.npy: 3000000 bytes, expected 4200128 as indexed"):
+            read_sample(pair, sample)
+    seis.write_bytes(whole)  # as long as before, but another time
+    with pytest.raises(ValueError, match="data1.npy: .* truncated or overwritten while in use"):
+        read_sample(pair, 0)
+    read_sample(find_pairs([tmp_path])[0], 0)
+    vel.unlink()
+    with pytest.raises(ValueError, match=r"model1.npy: cannot be read \(No such file"):
+        read_sample(find_pairs_again(pair, seis), 0)
+
+
+def find_pairs_again(pair, seis):
+    """The pair with its seismic file as it is now."""
+    return files.FilePair(read_header(seis), pair.maps, pair.family)
+
+
+def test_a_cut_off_file_would_kill_a_process_that_maps_it(tmp_path):
+    """The reason for reading instead of mapping, and the control of the test above."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones(1_000_000))
+    code = "import os, sys, numpy as np; path = sys.argv[1]"
+    code += "; mapped = np.load(path, mmap_mode='r'); os.truncate(path, 200); mapped.sum()"
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -signal.SIGBUS
+
+
+def test_whole_arrays_and_rows_are_read(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5))
+    np.save(tmp_path / "x.npy", array)
+    file = check_array(tmp_path / "x.npy", [(4, 5), (None, 4, 5)], "numbers")
+    assert open_array(tmp_path / "x.npy") is file and len(file) == 3 and file.ndim == 3
+    assert np.array_equal(np.array(file), array) and np.array_equal(file[1], array[1])
+    assert np.array(file, np.float32).dtype == np.float32
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 5\), expected \(4, 5\) for maps"):
+        check_array(tmp_path / "x.npy", [(4, 5)], "maps")
+
+
+def write_sparse(path, shape, dtype="<f2"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + int(dtype[-1]) * int(np.prod(shape)))
+
+
+def sparse_tree(root, n_pairs, n=1):
+    for number in range(n_pairs):
+        write_sparse(root / "Style_A" / "data" / f"data{number}.npy", (n, 5, 1000, 70))
+        write_sparse(root / "Style_A" / "model" / f"model{number}.npy", (n, 1, 70, 70))
+
+
+def test_two_thousand_files_are_read_where_only_256_may_be_open(tmp_path):
+    sparse_tree(tmp_path, 1000)
+    code = f"""
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from cfg import Config
+        from data import whole
+        from loader import make_loaders
+        from files import find_pairs
+        from utils import Process
+        pairs = find_pairs([{str(tmp_path)!r}])
+        cfg = Config(batch_size=8, workers=4)
+        train, val = make_loaders(cfg, Process(torch.device("cpu")), whole(pairs), whole(pairs))
+        print(sum(len(batch[0]) for loader in (train, val) for batch in loader))
+        try:
+            files = [open(pair.seis) for pair in pairs]
+        except OSError as error:
+            print(error.strerror)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.stdout.split("\n")[:2] == ["2000", "Too many open files"], result.stderr
+
+
+# ---------------------------------------------------------------- the index
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Three pairs, old enough to be remembered; the headers that are read are counted in `reads`."""
+    root, reads = tmp_path / "root", []
+    sparse_tree(root, 3)
+    for path in root.rglob("*.npy"):
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(files, "SETTLED_NS", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = files.read_header
+    monkeypatch.setattr(files, "read_header", lambda path: (reads.append(path.name), read(path))[1])
+    return root, reads
+
+
+def test_headers_are_read_once_and_again_where_a_file_changed(tree):
+    root, reads = tree
+    pairs, problems = scan([root])
+    assert len(pairs) == 3 and not problems and len(reads) == 6
+    assert scan([root])[0] == pairs and len(reads) == 6
+    write_sparse(root / "Style_A" / "data" / "data1.npy", (2, 5, 1000, 70))
+    pairs, problems = scan([root])
+    assert reads[6:] == ["data1.npy"] and len(pairs) == 2 and "2 samples, but" in problems[0]
+    write_sparse(root / "Style_A" / "model" / "model1.npy", (2, 1, 70, 70))
+    assert [pair.n for pair in scan([root])[0]] == [1, 2, 1] and reads[7:] == ["model1.npy"]
+
+
+def test_another_file_of_the_same_size_and_time_is_not_taken_for_the_old_one(tree):
+    root, reads = tree
+    scan([root])
+    path = root / "Style_A" / "data" / "data2.npy"
+    size = path.stat().st_size
+    other = path.with_name("other")
+    write_sparse(other, (5, 1000, 70, 1))
+    os.utime(other, (1e9, 1e9))
+    os.replace(other, path)
+    assert path.stat().st_size == size and path.stat().st_mtime == 1e9
+    assert "shape (5, 1000, 70, 1)" in scan([root])[1][0]
+
+
+def test_files_that_changed_just_now_are_not_remembered(tree, monkeypatch):
+    root, reads = tree
+    monkeypatch.setattr(files, "SETTLED_NS", int(600e9))
+    scan([root]), scan([root])
+    assert len(reads) == 12
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", '{"a": 1}', "null", "\ud800", "damaged"])
+def test_a_damaged_cache_is_made_again(tree, text):
+    root, reads = tree
+    pairs, _ = scan([root])
+    cache = Index(root).cache
+    if text == "damaged":
+        entries = json.loads(cache.read_text())
+        text = json.dumps({path: [[2, 5, 1000, 70], "<f2", *entry[2:]] for path, entry in entries.items()})
+    cache.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert scan([root])[0] == pairs and len(reads) == 12
+    assert scan([root])[0] == pairs and len(reads) == 12
+
+
+def test_without_a_place_for_the_cache_it_goes_without(tree, tmp_path):
+    root, reads = tree
+    (tmp_path / "cache").write_text("a file in the way")
+    assert scan([root]) == scan([root]) and len(reads) == 12
+
+
+def test_the_whole_of_openfwi_is_indexed_in_seconds(tmp_path, monkeypatch):
+    """Measured: 0.4 s of 1,880 files, 0.2 s from the cache; here with room for a busy machine."""
+    sparse_tree(tmp_path / "root", 940, n=500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "SETTLED_NS", 0)
+    took = []
+    for _ in range(2):
+        started = time.process_time()
+        assert len(find_pairs([tmp_path / "root"])) == 940
+        took.append(time.process_time() - started)
+    assert took[0] < 5 and took[1] < 0.5

@@ -1,0 +1,204 @@
+"""Waveform inversion: parts recover what they made, keep their bounds, never fit worse than the guess."""
+
+import math
+import wave
+
+import numpy as np
+import pytest
+import torch
+
+from descent import GaussianProcess, descend, total_variation
+from gauss_newton import Observed, gauss_newton, settle
+from inversion import invert, invert_one
+from layers import Fault, Layers, paint, shade
+from maps import N_FINE, make_maps, slip_soft
+from search import _distinct, find_layers, surface_velocity, top_velocity
+from waveform import misfit, simulated
+
+WHOLE = [list(range(70))]  # flat layers: all columns move as one
+
+
+def flat_map(velocities, cells):
+    return paint(np.array(velocities, float), np.repeat(np.array(cells)[:, None], 70, 1))
+
+
+def gather(vel, sources=wave.SOURCES, **changes):
+    acquisition = wave.Acquisition(**changes)
+    return wave.simulate(torch.tensor(vel, dtype=torch.float32)[None], sources, acquisition=acquisition)[0]
+
+
+FLAT = flat_map([1700, 2600, 3400], [20, 43])
+
+
+# ---------------------------------------------------------------- maps in few unknowns
+
+
+def test_shaded_layers_of_whole_depths_are_painted_ones():
+    cells = np.array([[10] * 70, [30] * 70])
+    np.testing.assert_allclose(
+        shade(np.array([2000.0, 2500, 3000]), cells), flat_map([2000, 2500, 3000], [10, 30])
+    )
+
+
+def test_depths_between_cells_mix_by_area():
+    half = shade(np.array([2000.0, 3000.0]), np.full((1, 70), 9.5))
+    np.testing.assert_allclose(half[9] ** -2, (2000.0**-2 + 3000.0**-2) / 2)
+    assert (half[8] == 2000).all() and np.allclose(half[10], 3000)
+
+
+def test_layers_round_as_the_generator_does():
+    theta = np.concatenate([[2000.0, 2500.0, 3000.0], np.full(8, 12.3), np.full(8, 0.25)])
+    layers = Layers(2, 20.0, curved=True)
+    inner = slice(15, 60)
+    assert (layers.cells(theta)[0, inner] == math.floor(12.3 + 0.8)).all()
+    assert (layers.cells(theta)[1, inner] == math.floor(12.3 + 20.25 + 0.8)).all()
+
+
+def test_bounds_hold_and_velocities_of_version_a_increase():
+    theta = np.array([2600.0, 2500.0, 9000.0, 60.0, 5.0])
+    clipped = Layers(2, 20.0, curved=False).clip(theta)
+    np.testing.assert_array_equal(clipped, [2600, 2600, 4500, 45, 1])
+    free = Layers(2, 20.0, curved=False, increasing=False).clip(theta)
+    np.testing.assert_array_equal(free[:3], [2600, 2500, 4500])
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_fault_of_whole_unknowns_is_the_generators(mirrored):
+    theta = np.array([2000.0, 2600, 3300, 4100, 18, 35, 52, 60, 65, 12])
+    rows = np.array([36, 70, 104])
+    field = theta[:4][(np.arange(N_FINE)[:, None] >= rows).sum(1)][:, None] + np.zeros(N_FINE)
+    made = slip_soft(field, theta[:2], math.radians(65), 12, 60)
+    fault = Fault(3, mirrored)
+    np.testing.assert_allclose(fault.smooth(theta), made[:, ::-1] if mirrored else made, rtol=1e-12)
+    np.testing.assert_allclose(fault.sharp(theta), fault.smooth(theta), rtol=1e-12)
+    assert not np.array_equal(fault.smooth(theta), fault.smooth(theta + 0.5 * (np.arange(10) == 9)))
+
+
+# ---------------------------------------------------------------- what the gather says by itself
+
+
+def test_the_first_sample_tells_the_velocity_at_each_source():
+    vel = np.repeat(np.linspace(1600, 2300, 70)[None], 70, 0)
+    observed = Observed(gather(vel))
+    np.testing.assert_allclose(surface_velocity(observed), vel[1, list(wave.SOURCES)], rtol=1e-4)
+
+
+def test_noise_is_measured_where_no_wave_can_be_and_hides_the_first_sample():
+    seis = gather(FLAT)
+    assert Observed(seis).noise < 1e-6 * float(seis.std())
+    noisy = seis + 0.01 * torch.randn(seis.shape, generator=torch.Generator().manual_seed(0))
+    observed = Observed(noisy)
+    assert observed.noise == pytest.approx(0.01, rel=0.05)
+    assert top_velocity(observed) == pytest.approx(1700, abs=50)
+    residual = observed.residuals([FLAT], 1000)[0]
+    assert observed.floor(1000) == pytest.approx(float(residual.norm()), rel=0.1)
+
+
+def test_residuals_of_the_true_map_vanish_in_every_window():
+    observed = Observed(gather(FLAT, (0,)), (0,))
+    for n_samples in (150, 1000):
+        assert float(observed.residuals([FLAT], n_samples).norm()) < 1e-6
+        assert float(observed.residuals([FLAT + 10], n_samples).norm()) > 1e-2
+    assert observed.simulations == pytest.approx(2 * (0.15**2 + 1) / 5)
+
+
+# ---------------------------------------------------------------- steps and searches
+
+
+def test_gauss_newton_finds_velocities_and_depths():
+    layers = Layers(2, 23.0, curved=False)
+    true = np.array([1700.0, 2600, 3400, 19.7, 0.0])
+    observed = Observed(gather(layers.smooth(true), (0,)), (0,))
+    start = true + [0, 120, -150, 1.0, 0.5]
+    theta, norm = gauss_newton(
+        observed, layers.smooth, start, layers.scale, 1000, 12, layers.clip, least_gain=0
+    )
+    assert norm < 1e-4
+    np.testing.assert_allclose(theta, true, atol=0.5)
+
+
+def test_settling_moves_interfaces_by_whole_cells_and_stops_at_the_truth():
+    observed = Observed(gather(FLAT, (0,)), (0,))
+    start = np.array([1700.0, 2580, 3440]), np.repeat([[21], [42]], 70, 1)
+    velocities, depths, norm = settle(observed, paint, *start, WHOLE)
+    assert norm < 1e-5 and (paint(velocities, depths) == FLAT).all()
+    before = observed.simulations
+    assert settle(observed, paint, velocities, depths, WHOLE)[2] == norm
+    assert observed.simulations - before < 1
+
+
+def test_the_best_are_kept_once_each():
+    layers = Layers(1, 0.0, curved=False)
+    thetas = [np.array([2000.0, v, 10.0]) for v in (2500, 2500.1, 3500)]
+    kept = _distinct([(0.2, thetas[0], layers), (0.2, thetas[1], layers), (0.1, thetas[2], layers)], 5)
+    assert [one[0] for one in kept] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("peak_hz", [15.0, 12.0])
+def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak_hz):
+    observed = Observed(gather(FLAT, (0,), peak_hz=peak_hz), (0,), minutes=0.5)
+    found, norm = find_layers(observed, curved=False, n_starts=1)
+    if peak_hz == 15:
+        assert norm < 1e-4 and (found == FLAT).all()
+    else:
+        assert norm > 0.05 and np.abs(found - FLAT).mean() > 10
+
+
+def test_the_recognised_flat_gather_becomes_its_map():
+    vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
+    assert told["flat"] and told["kept"] in ("rounded", "search1")
+    assert (vel[0].numpy() == FLAT).all()
+
+
+# ---------------------------------------------------------------- cell by cell
+
+
+@pytest.mark.parametrize("name", ["tv", "tv_half", "process"])
+def test_priors_have_the_gradient_of_their_differences(name):
+    rng = torch.Generator().manual_seed(0)
+    vel = 3000 + 100 * torch.randn(2, 1, 8, 8, generator=rng, dtype=torch.float64)
+    prior = {
+        "tv": total_variation,
+        "tv_half": lambda v: total_variation(v, 0.5),
+        "process": GaussianProcess(vel[:, :, :, :] + 50),
+    }[name]
+    assert prior(vel).shape == (2,)
+    assert torch.autograd.gradcheck(prior, vel.requires_grad_(), eps=1e-2, rtol=1e-5)
+
+
+def test_variation_prefers_one_step_to_many_the_more_so_below_one():
+    ramp = torch.linspace(2000, 3000, 70).expand(1, 1, 70, 70)
+    step = torch.where(torch.arange(70) < 35, 2000.0, 3000.0).expand(1, 1, 70, 70)
+    assert total_variation(torch.full_like(ramp, 2000.0)) == 0
+    ratios = [float(total_variation(step, p) / total_variation(ramp, p)) for p in (1.0, 0.5)]
+    assert ratios[1] < ratios[0]
+
+
+def test_descent_lowers_the_misfit_sample_by_sample_and_stops_at_the_noise():
+    true = torch.from_numpy(make_maps("Style_A", 2, 0))
+    seis = simulated(true)
+    start = torch.nn.functional.avg_pool2d(true, 9, 1, 4, count_include_pad=False)
+    floor = torch.tensor([0.0, 1e9])
+    vel, trace = descend(seis, start, lambda v: total_variation(v), 1e-6, 12, floor)
+    before, after = misfit(seis, simulated(start)), misfit(seis, simulated(vel))
+    assert after[0] < 0.5 * before[0]
+    # held to its bounds, the other start comes back
+    torch.testing.assert_close(vel[1], start[1].clamp(1503, 4497), rtol=0, atol=0.1)
+    assert (trace[:, 1] == trace[0, 1]).all() or len(trace) > 0
+
+
+def test_no_map_fits_worse_than_its_guess():
+    true = torch.from_numpy(make_maps("Style_A", 1, 1))
+    seis = simulated(true)
+    vel, traces = invert(seis, true, ["Style_A"], n_iterations=3)
+    assert misfit(seis, simulated(vel)) <= misfit(seis, simulated(true))
+    assert traces[0]["misfits"]["guess"] == pytest.approx(0, abs=1e-6)
+    guess = true + 50
+    vel, traces = invert(seis, guess, ["Style_A"], n_iterations=3)
+    assert misfit(seis, simulated(vel)) < misfit(seis, simulated(guess))
+    assert traces[0]["kept"] == "cells" and (vel - true).abs().mean() < (guess - true).abs().mean()
+
+
+def test_a_search_without_time_ends_with_what_it_has():
+    vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), minutes=0.0)
+    assert told["seconds"] < 60 and torch.isfinite(vel).all()
