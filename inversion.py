@@ -1,8 +1,9 @@
 """Waveform inversion: from a gather, and a first guess, to the map that explains it.
 
-Gathers above flat layers are mirror images of themselves; curved layers and faults are sought where the
-family's name, or nothing, says so. What the searches in few unknowns (search.py) do not explain is fitted
-cell by cell (descent.py). Of all maps the one of least misfit is kept, the guess among them.
+Gathers above flat layers are mirror images of themselves, and where velocity differs from source to source there
+are no layers; else curved layers and faults are sought, as the family's name says, or both. What the searches in
+few unknowns (search.py) leave unexplained is fitted cell by cell (descent.py). Of all maps the one of least
+misfit is kept, the guess among them.
 """
 
 import math
@@ -13,12 +14,18 @@ import torch
 
 from descent import GaussianProcess, descend, total_variation
 from gauss_newton import Observed
-from search import find_fault, find_layers
+from search import find_fault, find_layers, surface_velocity
 from utils import V_MAX, V_MIN
 from waveform import is_flat, misfit, simulated
 
 EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
 WEIGHTS = {"style": 1e-5, "layers": 3e-5}  # of the prior in cell-by-cell inversion
+
+
+def _varies(observed):
+    """Whether no two sources stand on the same velocity, read from the first sample: no layers then."""
+    velocities = np.sort(surface_velocity(observed))
+    return observed.noise == 0 and np.diff(velocities).min() > 1
 
 
 def _searches(family, flat):
@@ -47,6 +54,8 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     began = time.monotonic()
     flat = bool(is_flat(seis[None], 0.01)[0]) or (family or "").startswith("FlatVel")
     whole = Observed(seis, minutes=minutes)
+    if not flat and _varies(whole):
+        family = "Style_A"
     floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}

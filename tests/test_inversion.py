@@ -202,3 +202,9 @@ def test_no_map_fits_worse_than_its_guess():
 def test_a_search_without_time_ends_with_what_it_has():
     vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), minutes=0.0)
     assert told["seconds"] < 60 and torch.isfinite(vel).all()
+
+
+def test_ground_that_varies_everywhere_is_not_searched_for_layers():
+    vel = torch.from_numpy(make_maps("Style_A", 1, 0))
+    _, told = invert_one(simulated(vel)[0], vel[0] + 20, "CurveVel_A", n_iterations=1)
+    assert "search1" not in told["misfits"]
