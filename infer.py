@@ -210,8 +210,7 @@ class Run:
     def finish_all(self, predictions):
         """The final maps, their errors after each stage, and what the wave equation says of them."""
         cfg, n = self.cfg, len(self.gathers)
-        needs_misfit = bool(cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo)
-        needs_seis = needs_misfit or cfg.refine != "none"
+        needs_misfit = bool(cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo or cfg.refine != "none")
         options = (
             "refine",
             "refine_rounds",
@@ -239,20 +238,22 @@ class Run:
             *((w, "?") for w in WARNINGS),
         ]
         results = self.work.results("final", job, n, fields)
-        todo = results.todo(cfg.batch_size)
+        misfits = []
+        # an inversion takes minutes a gather: each is kept as soon as it is done
+        todo = results.todo(1 if cfg.refine == "inversion" else cfg.batch_size)
         if cfg.refine != "none":
             for member in self.members:
                 member.load()
-        batches = self.loader(todo) if needs_seis else ((torch.tensor(numbers), None) for numbers in todo)
+        batches = self.loader(todo) if needs_misfit else ((torch.tensor(numbers), None) for numbers in todo)
         with tqdm(
-            total=n, initial=n - sum(map(len, todo)), unit="map", desc="final", disable=not needs_seis
+            total=n, initial=n - sum(map(len, todo)), unit="map", desc="final", disable=not needs_misfit
         ) as bar:
             for numbers, seis in batches:
                 numbers = numbers.tolist()
                 families = self.family_names(predictions, numbers)
                 vel = self.joined(predictions, numbers).to(self.device)
                 maps = [vel, *self.processed(vel, families)]
-                if needs_seis:
+                if needs_misfit:
                     seis = seis.to(self.device, non_blocking=True)
                 if cfg.refine != "none":
                     vel, traces = REFINE[cfg.refine](self.model(families), seis, maps[-1], families, cfg)
@@ -264,6 +265,9 @@ class Run:
                     truth = self.truth(numbers)
                     told["errors"] = torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
                 results.put(numbers, vel=maps[-1].float().cpu().numpy(), **told)
+                if needs_misfit:
+                    misfits += told["misfit"].tolist()
+                    bar.set_postfix(median_misfit=f"{np.median(misfits):.2g}")
                 bar.update(len(numbers))
         return results, stages
 

@@ -2,8 +2,8 @@
 
 Gathers above flat layers are mirror images of themselves, and where velocity differs from source to source
 there are no layers; else curved layers and faults are sought, as the family's name says, or both. What the
-searches in few unknowns (search.py) leave unexplained is fitted cell by cell (descent.py). Of all maps the one
-of least misfit is kept, the guess among them.
+searches in few unknowns (search.py) leave unexplained is fitted cell by cell (descent.py). Of all maps
+the one of least misfit is kept, the guess among them.
 """
 
 import math

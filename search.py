@@ -86,14 +86,11 @@ def _parents(population, rng):
 # ---------------------------------------------------------------- layers
 
 
-def _depths_beneath(observed, top):
+def _depths_beneath(observed, top, increasing):
     """First interface beneath each source, as if the ground were flat there: [(cells, m/s below), …]."""
-    grid = [
-        (depth, top * ratio)
-        for depth in np.arange(4.0, 37.0)
-        for ratio in (1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0)
-        if top * ratio <= 4500
-    ]
+    ratios = np.array([1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0])
+    below = np.clip(top * (ratios if increasing else np.concatenate([ratios, 1 / ratios])), 1500, 4500)
+    grid = [(depth, v) for depth in np.arange(4.0, 37.0) for v in np.unique(below)]
     n_samples = min(1000, int(2e4 * 37 / top + 120))
     maps = [shade(np.array([top, v]), np.full((1, N_CELLS), depth)) for depth, v in grid]
     made = observed.simulate([np.full((N_CELLS, N_CELLS), top), *maps], n_samples)
@@ -117,7 +114,7 @@ def _fit_controls(layers, cells, depths, smoothness=0.3):
 
 
 def _first_starts(observed, layers, top, guess, rng, n=24):
-    beneath = _depths_beneath(observed, top)
+    beneath = _depths_beneath(observed, top, layers.increasing)
     below = np.median([v for _, v in beneath])
     starts = [
         np.concatenate([[top, below], _fit_controls(layers, observed.sources, [d for d, _ in beneath])])
@@ -131,7 +128,7 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
     n_found = len(starts)
     while len(starts) < n:
         start = starts[rng.integers(n_found)].copy()
-        start[1] = top + rng.uniform(50, 1200)
+        start[1] = top + rng.uniform(50, 1200) * (1 if layers.increasing else rng.choice([-1, 1]))
         start[2:] += rng.normal(0, 3, layers.m)
         starts.append(start)
     return starts
@@ -206,6 +203,8 @@ def _grow(observed, first, curved, increasing):
                 shifts = np.zeros(n_above * layers.m)
                 parts = [np.full(n_above, theta[0]), theta[:2], theta[2:] - n_above * spacing, shifts]
                 hypotheses.append((0, np.concatenate(parts), model))
+    if not hypotheses:  # outcrops nearly everywhere
+        hypotheses = [(0, theta, Layers(1, SPACINGS[-1], curved, increasing)) for _, theta, _ in first]
     for n_samples in WINDOWS:
         fitted, done = {}, []
         for number, (strikes, theta, layers) in enumerate(hypotheses):

@@ -391,6 +391,25 @@ class Stopped(Exception):
     pass
 
 
+def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs, tmp_path, monkeypatch):
+    words = ("--input", pairs / "FlatVel_A", "--truth", pairs, "--refine=inversion", "--refine_iterations=0")
+    put = Results.put
+
+    def stop_after(self, numbers, **fields):
+        put(self, numbers, **fields)
+        if "misfit" in fields:
+            raise Stopped
+
+    monkeypatch.setattr(Results, "put", stop_after)
+    with pytest.raises(Stopped):
+        run(*words)
+    monkeypatch.setattr(Results, "put", put)
+    score, _ = run(*words)
+    assert score["all"][0] == 0
+    traces = [json.loads(line) for line in (tmp_path / "s.trace.jsonl").read_text().splitlines()]
+    assert len(traces) == 2 and all(trace["misfits"]["rounded"] < 1e-5 for trace in traces)
+
+
 OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
 
 

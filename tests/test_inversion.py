@@ -208,3 +208,11 @@ def test_ground_that_varies_everywhere_is_not_searched_for_layers():
     vel = torch.from_numpy(make_maps("Style_A", 1, 0))
     _, told = invert_one(simulated(vel)[0], vel[0] + 20, "CurveVel_A", n_iterations=1)
     assert "search1" not in told["misfits"]
+
+
+@pytest.mark.parametrize("velocities, cells", [([4500, 4500], [20]), ([3000, 1900, 2700], [18, 45])])
+def test_layers_at_the_bounds_and_slower_ones_below_are_found(velocities, cells):
+    vel = flat_map(velocities, cells)
+    observed = Observed(gather(vel, (0,)), (0,))
+    found, norm = find_layers(observed, curved=False, increasing=False, n_starts=2)
+    assert norm < 1e-3 and (found == vel).all()
