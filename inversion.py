@@ -18,6 +18,7 @@ from search import find_fault, find_layers, surface_velocity
 from utils import V_MAX, V_MIN
 from waveform import is_flat, misfit, simulated
 
+FLAT = 1e-4  # relative difference of mirror images, above the noise, of gathers above flat layers
 EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
 WEIGHTS = {"style": 1e-5, "layers": 3e-5}  # of the prior in cell-by-cell inversion
 
@@ -29,19 +30,18 @@ def _varies(observed):
 
 
 def _searches(family, flat):
-    """The searches to try, in order, for a family's name or None: [function(observed, guess), …]."""
+    """The searches to try for a family's name or None, in order: (f(observed, guess), one-sided) each."""
     kind, _, version = (family or "").partition("_")
     increasing = version != "B"
 
     def layers(curved):
         return lambda observed, guess: find_layers(observed, curved, increasing, guess)
 
-    if flat:
-        return [layers(curved=False)]
-    known = {"CurveVel": [layers(curved=True), find_fault], "FlatFault": [find_fault, layers(curved=True)]}
+    searches = [(layers(curved=False), True)] if flat else []
     if kind == "Style" or family in ("FlatFault_B", "CurveFault_A", "CurveFault_B"):
-        return []
-    return known.get(kind, [layers(curved=True), find_fault])
+        return searches
+    sides = [(layers(curved=True), False), (find_fault, False)]
+    return searches + (sides[::-1] if kind == "FlatFault" else sides)
 
 
 def _one_side(seis):
@@ -52,17 +52,19 @@ def _one_side(seis):
 def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     """One gather (5, 1000, 70) and its guess (1, 70, 70) m/s -> (map (1, 70, 70), what happened, a dict)."""
     began = time.monotonic()
-    flat = bool(is_flat(seis[None], 0.01)[0]) or (family or "").startswith("FlatVel")
     whole = Observed(seis, minutes=minutes)
+    flat = bool(
+        is_flat(seis[None], FLAT + 3 * whole.noise / float(seis.square().mean().sqrt().clamp(min=1e-30)))[0]
+    )
     if not flat and _varies(whole):
         family = "Style_A"
     floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
-    for number, search in enumerate(_searches(family, flat)):
-        observed = Observed(_one_side(seis), (0,), minutes) if flat else whole
+    for number, (search, one_sided) in enumerate(_searches(family, flat)):
+        observed = Observed(_one_side(seis), (0,), minutes) if one_sided else whole
         found, _ = search(observed, vel[0].cpu().double().numpy())
-        whole.simulations += observed.simulations if flat else 0
+        whole.simulations += observed.simulations if one_sided else 0
         name = f"search{number + 1}"
         candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
         told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])
