@@ -120,7 +120,7 @@ def gauss_newton(
     return theta, float(residual.norm())
 
 
-def settle(observed, paint, velocities, depths, columns, n_rounds=6, increasing=True):
+def settle(observed, paint, velocities, depths, columns, n_rounds=12, increasing=True):
     """Settle whole-cell depths and whole velocities of layers together: (velocities, depths, norm).
 
     paint: (velocities (K+1,), depths (K, 70) first cells of the lower layer) -> map; columns: lists of

@@ -260,7 +260,7 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=4):
         velocities, cells = np.rint(theta[: layers.n + 1]), layers.cells(theta)
         velocities, cells, norm = settle(observed, paint, velocities, cells, columns, increasing=increasing)
         best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
-        if best[0] < (0.02 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
+        if best[0] < (0.008 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
             break
     return best[1], best[0]
 
