@@ -52,7 +52,7 @@ def _distinct(population, keep):
     return chosen[:keep]
 
 
-def _evolve(observed, population, windows, breed, target, rng):
+def _evolve(observed, population, windows, breed, target):
     """Fit a population in growing windows, bred further where none fits: best first, (norm, theta, model)."""
 
     def fit(some, n_samples, n_steps):
@@ -159,14 +159,14 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
     def target(n_samples):  # what the rounding of depths to cells leaves
         return 0.006 + 6e-5 * (n_samples - 100) + observed.floor(n_samples)
 
-    population = _evolve(observed, population, FIRST_WINDOWS, breed, target, rng)
+    population = _evolve(observed, population, FIRST_WINDOWS, breed, target)
     n_samples = FIRST_WINDOWS[-1][0]
     while n_samples < 1000:
         velocities, depths = layers.split(population[0][1])
         if n_samples > _echo_time(velocities, _shallow(depths)) + WAVELET:
             break
         n_samples = int(1.2 * n_samples)  # a deep interface has not been heard yet
-        population = _evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target, rng)
+        population = _evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target)
     return population[:2]
 
 
@@ -359,7 +359,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), seed=0):
         def target(n_samples):
             return 0.02 + observed.floor(n_samples)
 
-        population = _evolve(observed, population, FAULT_WINDOWS, breed, target, rng)
+        population = _evolve(observed, population, FAULT_WINDOWS, breed, target)
         norm, theta, model = population[0]
         sharp = float(observed.residuals([model.sharp(theta)], 1000)[0].norm())
         theta, sharp = _refine_fault(observed, theta, model, sharp)
