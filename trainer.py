@@ -166,7 +166,8 @@ class Stop:
     """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
 
     def __init__(self, process):
-        self.signal, self.process = 0, process
+        self.signal, self.process = 0, process  # what all ranks agreed on
+        self.caught = 0  # apart, since a signal may come while they do
         # its own group: on CUDA the default one would make the CPU wait for the device
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
         self.before = {
@@ -174,9 +175,10 @@ class Stop:
         }
 
     def catch(self, number, frame):
-        self.signal = number
+        self.caught = number
 
     def agree(self):
+        self.signal = self.caught
         if self.group is not None:
             number = torch.tensor(self.signal)
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)

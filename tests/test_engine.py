@@ -16,7 +16,7 @@ import watch
 from cfg import Config
 from loss import parse_family_weights, roughness, sample_losses
 from optim import MuonAdamW, Schedule, build_optimizer
-from trainer import Trainer
+from trainer import Stop, Trainer
 from utils import FAMILIES, Process, load_checkpoint, pick_precision, run_program
 
 CPU = Process(torch.device("cpu"))
@@ -165,6 +165,21 @@ def test_early_stopping_counts_validations_without_a_better_one(run, capsys):
     )
     assert "stopped early" in capsys.readouterr().out
     assert load_checkpoint(folder / "last.pt")["progress"]["step"] < 9 * 4
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_kept_for_the_next_step(monkeypatch):
+    stop = None
+
+    def reduce(number, op, group):
+        stop.catch(15, None)  # as Python runs a handler: on return from the wait for the others
+
+    monkeypatch.setattr("trainer.dist.new_group", lambda backend: backend)
+    monkeypatch.setattr("trainer.dist.all_reduce", reduce)
+    stop = Stop(Process(torch.device("cpu"), world=2))
+    try:
+        assert [stop.agree(), stop.agree()] == [0, 15]
+    finally:
+        stop.restore()
 
 
 def test_smoke_goes_through_everything_in_three_steps(run, capsys):
