@@ -17,7 +17,7 @@ from data import flip_batch, preprocess
 from loss import parse_family_weights, sample_losses
 from model import EXTRAS, build_model, extra_loss, load_weights
 from optim import Schedule, build_optimizer
-from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision, seed_all, write_atomic
+from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision, write_atomic
 
 PROGRESS = ("step", "validated", "best_mae", "since_best")
 
@@ -86,8 +86,10 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             all_losses.append(losses.detach())
             errors.append(error)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.clip_norm or math.inf)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self.scaler.scale(torch.ones_like(loss))
+        # clips: the optimizer divides by it and by the loss scale as it reads the gradients, once for all
+        self.optimizer.grad_scale = (norm / (self.cfg.clip_norm or math.inf)).clamp(min=1)
         self.scaler.step(self.optimizer)
         self.share_statistics(statistics, norm.isfinite())
         self.scaler.update(None if self.dtype is torch.float16 else 1.0)
@@ -212,7 +214,7 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
     """The rest of the current epoch, or up to a stop."""
     cfg = trainer.cfg
     for batches, indices, data_s in steps_of(trainer, loader):
-        seed_all(trainer.step_seed() + trainer.process.rank)  # drop path
+        torch.manual_seed(trainer.step_seed() + trainer.process.rank)  # drop path
         losses, mae, norm = trainer.train_step(batches)
         bad_steps.add(norm, losses, batches, indices)
         log.add(mae, norm, data_s)

@@ -21,6 +21,7 @@ from utils import FAMILIES, Process, load_checkpoint, pick_precision, run_progra
 
 CPU = Process(torch.device("cpu"))
 NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}
+MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 OPTIONS = [*SMALL, "--batch_size=2", "--epochs=2", "--name=engine"]
 
 
@@ -67,7 +68,7 @@ def test_the_schedule_warms_up_holds_and_falls():
     assert rates[8:] == pytest.approx([(1 + math.cos(math.pi * k / 12)) / 2 for k in range(13)])
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@MUON
 def test_muon_takes_each_parameter_once_and_moves_kernels_like_adamw_moves_them():
     trainer = Trainer(Config(optimizer="muon", lr=1e-3, warmup_steps=0, **NETWORK), CPU, 4)
     optimizer = trainer.optimizer
@@ -82,7 +83,34 @@ def test_muon_takes_each_parameter_once_and_moves_kernels_like_adamw_moves_them(
     assert min(rms) > 0 and max(rms) < 2e-3 and 0.1e-3 < sorted(rms)[len(rms) // 2]  # 0.2 of the rate a step
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=MUON)])
+def test_gradients_are_clipped_as_torch_clips_them(optimizer):
+    """Under a loss scale too; an epsilon and a clip that make the size of a gradient tell."""
+
+    def trainer(clip_norm):
+        torch.manual_seed(0)
+        made = Trainer(Config(optimizer=optimizer, warmup_steps=0, clip_norm=clip_norm, **NETWORK), CPU, 4)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        parts = made.optimizer.parts.values() if optimizer == "muon" else [made.optimizer]
+        for group in (group for part in parts for group in part.param_groups):
+            group["eps"] = 1e-6
+        return made
+
+    def weights(made):
+        return torch.cat([p.detach().flatten() for p in made.network.parameters()])
+
+    ours, theirs, free = trainer(1e-4), trainer(1e-4), trainer(0.0)
+    norm = ours.train_step([batch()])[2].item()
+    free.train_step([batch()])
+    theirs.losses(theirs.network.train(), *batch())[0].mean().backward()
+    expected = torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), 1e-4).item()
+    assert norm == pytest.approx(expected, rel=1e-4)
+    theirs.optimizer.grad_scale = torch.tensor(1.0)
+    theirs.optimizer.step()
+    assert (weights(ours) - weights(theirs)).abs().max() < 1e-6 < (weights(ours) - weights(free)).abs().max()
+
+
+@MUON
 def test_a_run_with_muon_resumes_bit_for_bit(run):
     whole = load_checkpoint(run("--optimizer=muon", "--save_every=1") / "last.pt")
     trainer = Trainer(Config(**whole["cfg"]), CPU, 4)
