@@ -11,6 +11,9 @@ import wave
 import numpy as np
 import torch
 
+from layers import paint
+from maps import N_CELLS
+
 BATCH = 8  # maps simulated together
 STRIDE = 4  # every 4th sample: 250 Hz hold a signal that ends near 45 Hz
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
@@ -30,8 +33,13 @@ class Observed:
         self.noise = self._noise()
 
     @property
+    def left(self):
+        """Minutes."""
+        return (self.deadline - time.monotonic()) / 60
+
+    @property
     def late(self):
-        return time.monotonic() > self.deadline
+        return self.left < 0
 
     def _noise(self):
         """Standard deviation of the noise: what far receivers record before any wave can have come."""
@@ -120,38 +128,52 @@ def gauss_newton(
     return theta, float(residual.norm())
 
 
-def settle(observed, paint, velocities, depths, columns, n_rounds=12, increasing=True):
-    """Settle whole-cell depths and whole velocities of layers together: (velocities, depths, norm).
+def changes(observed, velocities, depths, columns):
+    """How residuals change: (rows (P, D) of a cell down and of `step`, the residual (D,), `step` (K+1,)).
 
-    paint: (velocities (K+1,), depths (K, 70) first cells of the lower layer) -> map; columns: lists of
-    columns that move as one. In each round every move by one cell is simulated, the best mixture of moves
-    and changes of velocity is found by least squares within bounds, and the moves above a threshold are made.
+    One row for each interface of depths (K, 70) and each list of columns that move as one, then one for
+    each velocity. Where a depth is at the bottom, the change is that of a cell up, reversed.
     """
-    moves = [(k, group) for k in range(len(depths)) for group in columns if (depths[k, group] < 70).any()]
-    bound = np.r_[np.full(len(moves), 1.5), np.full(len(velocities), 60.0)]
+    maps, signs = [paint(velocities, depths)], []
+    for k in range(len(depths)):
+        for group in columns:
+            moved = depths.copy()
+            signs.append(1 if (depths[k, group] < N_CELLS).any() else -1)
+            moved[k, group] += signs[-1]
+            maps.append(paint(velocities, moved))
+    step = 5.0 * np.where(velocities < 4490, 1, -1)
+    maps += [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
+    residuals = observed.residuals(maps, 1000)
+    signs = torch.tensor([*signs, *[1] * len(step)], device=residuals.device)
+    return (residuals[1:] - residuals[0]) * signs[:, None], residuals[0], step
+
+
+def settle(observed, velocities, depths, increasing=True, n_rounds=12):
+    """Settle whole-cell depths and whole velocities of flat layers together: (velocities, depths, norm).
+
+    velocities (K+1,), depths (K, 70), first cells of the lower layers. In each round every move by one cell
+    is simulated, the best mixture of moves and changes of velocity is found by least squares within bounds,
+    and the moves above a threshold are made.
+    """
+    n = len(depths)
+    bound = np.r_[np.full(n, 1.5), np.full(n + 1, 60.0)]
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
     floor = max(1e-6, 1.02 * observed.floor(1000))
     for _ in range(n_rounds):
         if norm < floor or observed.late:
             break
-        maps = [paint(velocities, depths)]
-        for k, group in moves:
-            moved = depths.copy()
-            moved[k, group] += 1
-            maps.append(paint(velocities, moved))
-        step = 5.0 * np.where(velocities < 4490, 1, -1)
-        maps += [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
-        residuals = observed.residuals(maps, 1000)
-        shares = _least_squares_in_box(residuals[1:] - residuals[0], residuals[0], bound)
-        moved_velocities = np.clip(velocities + step * shares[len(moves) :], 1500, 4500)
+        rows, residual, step = changes(observed, velocities, depths, [range(N_CELLS)])
+        shares = _least_squares_in_box(rows, residual, bound)
+        # of a thin layer, depth and velocity tell the same: the velocities are tried alone too
+        alone = _least_squares_in_box(rows[n:], residual, bound[n:])
+        both, alone = (np.clip(velocities + step * some, 1500, 4500) for some in (shares[n:], alone))
         if increasing:
-            moved_velocities = np.maximum.accumulate(moved_velocities)
-        trials = [(np.rint(moved_velocities), depths)]
+            both, alone = np.maximum.accumulate(both), np.maximum.accumulate(alone)
+        trials = [(np.rint(both), depths), (np.rint(alone), depths)]
         for threshold in (0.35, 0.5, 0.65, 0.8, 0.95):
-            moved = depths.copy()
-            for (k, group), share in zip(moves, shares[: len(moves)], strict=True):
-                moved[k, group] += int(np.sign(share) * (abs(share) > threshold))
-            trials += [(velocities, moved), (np.rint(moved_velocities), moved)]
+            moves = (np.sign(shares[:n]) * (np.abs(shares[:n]) > threshold)).astype(int)
+            moved = np.clip(depths + moves[:, None], 0, N_CELLS)
+            trials += [(velocities, moved), (np.rint(both), moved)]
         norms = observed.residuals([paint(*t) for t in trials], 1000).norm(dim=1)
         best = int(norms.argmin())
         if float(norms[best]) >= 0.999 * norm:

@@ -53,18 +53,19 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     """One gather (5, 1000, 70) and its guess (1, 70, 70) m/s -> (map (1, 70, 70), what happened, a dict)."""
     began = time.monotonic()
     whole = Observed(seis, minutes=minutes)
-    flat = bool(
-        is_flat(seis[None], FLAT + 3 * whole.noise / float(seis.square().mean().sqrt().clamp(min=1e-30)))[0]
-    )
+    # of two noisy mirror images the difference holds both noises
+    noise = math.sqrt(2) * whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
+    flat = bool(is_flat(seis[None], FLAT + 1.05 * noise)[0])
     if not flat and _varies(whole):
         family = "Style_A"
     floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
     for number, (search, one_sided) in enumerate(_searches(family, flat)):
-        observed = Observed(_one_side(seis), (0,), minutes) if one_sided else whole
+        # the rest is left for what comes after, should this one fail
+        observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=0.6 * whole.left)
         found, _ = search(observed, vel[0].cpu().double().numpy())
-        whole.simulations += observed.simulations if one_sided else 0
+        whole.simulations += observed.simulations
         name = f"search{number + 1}"
         candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
         told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])

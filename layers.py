@@ -24,6 +24,12 @@ def shade(velocities, depths):
     return (slowness[0] + below @ np.diff(slowness)) ** -0.5
 
 
+def cells_of(depths):
+    """Depths (K, 70), as drawn -> first cells of the lower layers (K, 70)."""
+    cells = np.floor(depths + ROUNDING)
+    return np.clip(np.maximum.accumulate(cells), 0, N_CELLS).astype(int)
+
+
 class Layers:
     """Layers `spacing` cells apart: theta = (velocities (K+1), first controls (m), shifts (K-1, m)).
 
@@ -42,11 +48,15 @@ class Layers:
         # weak, so that only what the data leave open follows it; shifts are uniform within ±1
         self.prior = np.concatenate([np.zeros(1 + self.n + self.m), np.full(n_shifts, 3e-6)])
 
-    def split(self, theta):
-        """theta -> velocities (K+1,) m/s, depths (K, 70) in cells, not rounded."""
+    def controls(self, theta):
+        """theta -> controls of each interface (K, m), depths in cells."""
         controls = theta[self.n + 1 :].reshape(self.n, self.m).copy()
         controls[1:] += self.spacing
-        return theta[: self.n + 1], np.cumsum(controls, 0) @ self.basis.T
+        return np.cumsum(controls, 0)
+
+    def split(self, theta):
+        """theta -> velocities (K+1,) m/s, depths (K, 70) in cells, not rounded."""
+        return theta[: self.n + 1], self.controls(theta) @ self.basis.T
 
     def smooth(self, theta):
         velocities, depths = self.split(theta)
@@ -54,17 +64,18 @@ class Layers:
 
     def cells(self, theta):
         """theta -> first cells of the lower layers (K, 70)."""
-        depths = np.floor(self.split(theta)[1] + ROUNDING)
-        return np.clip(np.maximum.accumulate(depths), 0, N_CELLS).astype(int)
+        return cells_of(self.split(theta)[1])
 
     def sharp(self, theta):
         return paint(np.rint(theta[: self.n + 1]), self.cells(theta))
 
+    def bounded(self, velocities):
+        """Velocities within OpenFWI's range, in version A increasing."""
+        return np.clip(np.maximum.accumulate(velocities) if self.increasing else velocities, 1500, 4500)
+
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1
-        if self.increasing:
-            theta[:n] = np.maximum.accumulate(theta[:n])
-        theta[:n] = np.clip(theta[:n], 1500, 4500)
+        theta[:n] = self.bounded(theta[:n])
         theta[n : n + self.m] = np.clip(theta[n : n + self.m], -2, 45)
         theta[n + self.m :] = np.clip(theta[n + self.m :], -1, 1)
         return theta

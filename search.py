@@ -9,6 +9,7 @@ import wave
 
 import numpy as np
 
+from anneal import anneal_curves
 from gauss_newton import gauss_newton, settle
 from layers import SPACINGS, Fault, Layers, paint, shade
 from maps import N_CELLS
@@ -242,13 +243,12 @@ def _grow(observed, first, curved, increasing):
     return norm, theta, layers
 
 
-def find_layers(observed, curved, increasing=True, guess=None, n_starts=4):
+def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
     """A map of flat or curved layers that explains a gather: (map (70, 70), norm of its residuals).
 
-    Begun again with other random numbers, up to `n_starts` times, while it explains less than noise allows.
+    Begun again with other random numbers, up to `n_starts` times, while more than noise is left unexplained.
     """
     best = (math.inf, None)
-    columns = [[x] for x in range(N_CELLS)] if curved else [list(range(N_CELLS))]
     for seed in range(n_starts):
         rng = np.random.default_rng(seed)
         first = _first_interfaces(observed, curved, increasing, guess, rng)
@@ -257,10 +257,13 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=4):
         theta, norm = gauss_newton(
             observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
         )
-        velocities, cells = np.rint(theta[: layers.n + 1]), layers.cells(theta)
-        velocities, cells, norm = settle(observed, paint, velocities, cells, columns, increasing=increasing)
+        if curved:
+            velocities, cells, norm = anneal_curves(observed, layers, theta, seed=seed)
+        else:
+            velocities, cells = np.rint(theta[: layers.n + 1]), layers.cells(theta)
+            velocities, cells, norm = settle(observed, velocities, cells, increasing)
         best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
-        if best[0] < (0.008 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
+        if best[0] < (1e-3 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
             break
     return best[1], best[0]
 

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from anneal import anneal_curves
 from descent import GaussianProcess, descend, total_variation
-from gauss_newton import Observed, gauss_newton, settle
+from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import invert, invert_one
 from layers import Fault, Layers, paint, shade
 from maps import N_FINE, make_maps, slip_soft
 from search import _distinct, find_layers, surface_velocity, top_velocity
 from waveform import misfit, simulated
-
-WHOLE = [list(range(70))]  # flat layers: all columns move as one
 
 
 def flat_map(velocities, cells):
@@ -120,11 +119,46 @@ def test_gauss_newton_finds_velocities_and_depths():
 def test_settling_moves_interfaces_by_whole_cells_and_stops_at_the_truth():
     observed = Observed(gather(FLAT, (0,)), (0,))
     start = np.array([1700.0, 2580, 3440]), np.repeat([[21], [42]], 70, 1)
-    velocities, depths, norm = settle(observed, paint, *start, WHOLE)
+    velocities, depths, norm = settle(observed, *start)
     assert norm < 1e-5 and (paint(velocities, depths) == FLAT).all()
     before = observed.simulations
-    assert settle(observed, paint, velocities, depths, WHOLE)[2] == norm
+    assert settle(observed, velocities, depths)[2] == norm
     assert observed.simulations - before < 1
+
+
+def test_settling_tells_the_velocity_of_a_layer_of_one_row_from_its_depth():
+    true = flat_map([1700, 2600, 3400], [20, 69])
+    observed = Observed(gather(true, (0,)), (0,))
+    start = np.array([1700.0, 2600, 3410]), np.repeat([[20], [69]], 70, 1)
+    velocities, depths, _ = settle(observed, *start)
+    assert (paint(velocities, depths) == true).all()
+
+
+def test_annealing_ends_at_the_cells_the_generator_rounded_to():
+    layers = Layers(2, 23.0, curved=True)
+    controls = np.array([15.0, 18, 22, 16, 14, 19, 21, 20])
+    true = np.concatenate([[1700.0, 2600, 3400], controls, [0.5, -0.3, 0.1, 0.8, -0.6, 0.2, 0, 0]])
+    observed = Observed(gather(layers.sharp(true), (34,)), (34,))
+    rng = np.random.default_rng(0)
+    theta = layers.clip(true + np.r_[0, 12, -15, rng.normal(0, 0.3, 16)])
+    assert 1 < np.abs(layers.sharp(theta) - layers.sharp(true)).mean()
+    velocities, depths, norm = anneal_curves(observed, layers, theta)
+    assert norm < 1e-5 and (paint(velocities, depths) == layers.sharp(true)).all()
+
+
+def test_linearised_residuals_are_those_of_small_moves():
+    velocities, depths = np.array([1700.0, 2600, 4495]), np.repeat([[20], [70]], 70, 1)
+    observed = Observed(gather(FLAT, (0,)), (0,))
+    rows, residual, step = changes(observed, velocities, depths, [range(70)])
+    assert step.tolist() == [5, 5, -5]
+
+    def now(v, d):
+        return observed.residuals([paint(v, d)], 1000)[0]
+
+    torch.testing.assert_close(residual, now(velocities, depths))
+    torch.testing.assert_close(residual + rows[0], now(velocities, depths + [[1], [0]]))
+    torch.testing.assert_close(residual - rows[1], now(velocities, depths - [[0], [1]]))
+    torch.testing.assert_close(residual + rows[3], now(velocities + [0, 5, 0], depths))
 
 
 def test_the_best_are_kept_once_each():
