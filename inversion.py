@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from descent import GaussianProcess, descend, total_variation
+from faults import find_fault
 from gauss_newton import Observed
-from search import find_fault, find_layers, surface_velocity
+from search import find_layers, surface_velocity
 from utils import V_MAX, V_MIN
 from waveform import is_flat, misfit, simulated
 

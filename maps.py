@@ -69,17 +69,21 @@ def _layered(rng, curved, increasing):
     return _fill(np.floor(depths + 0.8), np.sort(velocities) if increasing else velocities)
 
 
-def _bilinear(field, z, x):
-    """Sample (Z, X) fields at rows z and columns x, zeros beyond the edges."""
-    n = len(field)
-    padded = np.pad(field, 1)
-    z, x = np.clip(z + 1, 0, n + 1), np.clip(x + 1, 0, n + 1)
-    row, column = np.minimum(z.astype(int), n), np.minimum(x.astype(int), n)
-    top, bottom = (
-        padded[row + k, column] * (1 - x + column) + padded[row + k, column + 1] * (x - column)
-        for k in (0, 1)
-    )
-    return top + (z - row) * (bottom - top)
+def _lean(field):
+    """Shear half cells by LEAN about their upper left corner, bilinearly, zeros from outside."""
+    padded = np.pad(field, 1).ravel()
+    top, bottom = (padded[at] + ACROSS * (padded[at + 1] - padded[at]) for at in SHEARED)
+    return top + DOWN * (bottom - top)
+
+
+def _shear():
+    """Rows and columns (140, 140) each that a sheared map comes from; where `_lean` reads, and its shares."""
+    z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
+    z_source, x_source = (z + 0.5) / math.cos(LEAN) - 0.5, x - math.tan(LEAN) * (z + 0.5)
+    at_z, at_x = np.clip(z_source + 1, 0, N_FINE + 1), np.clip(x_source + 1, 0, N_FINE + 1)
+    row, column = np.minimum(at_z.astype(int), N_FINE), np.minimum(at_x.astype(int), N_FINE)
+    at = row * (N_FINE + 2) + column
+    return z_source, x_source, (at, at + N_FINE + 2), at_z - row, at_x - column
 
 
 def _cubic_shift(fields, dz, dx):
@@ -92,6 +96,22 @@ def _cubic_shift(fields, dz, dx):
     rows, from_rows = slice(max(dz, 0), N_FINE + min(dz, 0)), slice(max(-dz, 0), N_FINE - max(dz, 0))
     moved[..., rows, :] = (fields @ (weight @ SPLINE_INVERSE).T)[..., from_rows, :]
     return moved
+
+
+def _median(field):
+    """Median of 3 x 3 cells, edges repeated: of columns' highest low, middle middle and lowest high."""
+    padded = np.pad(field, 1, mode="edge")
+    low, middle, high = _sorted(padded[:-2], padded[1:-1], padded[2:])
+    lows, highs = (np.stack([v[:, :-2], v[:, 1:-1], v[:, 2:]]) for v in (low, high))
+    middles = _sorted(middle[:, :-2], middle[:, 1:-1], middle[:, 2:])[1]
+    return _sorted(lows.max(0), middles, highs.min(0))[1]
+
+
+def _sorted(a, b, c):
+    """Three arrays, value by value in ascending order."""
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    b, c = np.minimum(b, c), np.maximum(b, c)
+    return np.minimum(a, b), np.maximum(a, b), c
 
 
 def _spline_inverse():
@@ -114,6 +134,7 @@ def _halving_matrix():
 
 
 SPLINE_INVERSE, HALVING = _spline_inverse(), _halving_matrix()
+Z_SHEARED, X_SHEARED, SHEARED, DOWN, ACROSS = _shear()
 
 
 def _slip_soft(rng, field, first):
@@ -137,16 +158,14 @@ def slip_soft(field, first, dip, dz, x_fault):
     moved, whole = _cubic_shift(np.stack([np.where(block, field, 0), block]), dz, dz * slope)
     inside = (x - dz * slope >= 0) & (x - dz * slope < N_FINE) & (z - dz >= 0) & (z - dz < N_FINE)
     moved = np.where(inside & (whole < 0.9), field, moved)
-    z_source, x_source = (z + 0.5) / math.cos(LEAN) - 0.5, x - math.tan(LEAN) * (z + 0.5)
-    result = _bilinear(np.where(block, moved, field), z_source, x_source)
-    result = np.where(result < np.maximum(first[0], 0.6 * field), field, result)
-    across = x_source - x_fault - slope * (z_source - N_CELLS)
+    result = _lean(np.where(block, moved, field))
+    # less a hair, lest rounding decide
+    result = np.where(result < np.maximum(first[0], 0.6 * field) - 1e-6, field, result)
+    across = X_SHEARED - x_fault - slope * (Z_SHEARED - N_CELLS)
     if dz > 0:
-        mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field)
+        mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field - 1e-6)
         result = np.where(mixed, (result + field) / 2, result)
-    padded = np.pad(HALVING @ result @ HALVING.T, 1, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).reshape(N_CELLS, N_CELLS, 9)
-    return np.clip(np.median(windows, axis=-1), V_MIN, V_MAX)
+    return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
 
 
 def _slip_sharp(rng, field):

@@ -1,4 +1,4 @@
-"""Layered and faulted maps found from a gather: candidates fitted in a time window that grows.
+"""Layered maps found from a gather: candidates fitted in a time window that grows.
 
 From the top down, since late echoes mislead while the layers above are wrong. A guess (the network's map)
 helps, but is not needed for layers. Sizes of populations and windows were chosen on real training maps.
@@ -11,12 +11,11 @@ import numpy as np
 
 from anneal import anneal_curves
 from gauss_newton import gauss_newton, settle
-from layers import SPACINGS, Fault, Layers, paint, shade
+from layers import SPACINGS, Layers, paint, shade
 from maps import N_CELLS
 
 FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
 WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
-FAULT_WINDOWS = ((220, 12), (300, 10), (400, 8), (520, 5), (680, 4), (1000, 3))
 UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
 WAVELET = 110  # samples after which most of an echo's wavelet has come
 CONTRASTS = (20, 80, 180, 320, 500, 800, 1200, 1800)  # m/s, tried across a new interface
@@ -53,7 +52,7 @@ def _distinct(population, keep):
     return chosen[:keep]
 
 
-def _evolve(observed, population, windows, breed, target):
+def evolve(observed, population, windows, breed, target):
     """Fit a population in growing windows, bred further where none fits: best first, (norm, theta, model)."""
 
     def fit(some, n_samples, n_steps):
@@ -78,7 +77,7 @@ def _evolve(observed, population, windows, breed, target):
     return population
 
 
-def _parents(population, rng):
+def parents(population, rng):
     """Two of a population, the better the likelier: (theta, model) each, thetas copied."""
     picks = np.minimum(rng.exponential(2.0, 2).astype(int), len(population) - 1)
     return [(population[i][1].copy(), population[i][2]) for i in picks]
@@ -140,7 +139,7 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
     layers = Layers(1, 0.0, curved, increasing)
 
     def breed(population):
-        (theta, _), (other, _) = _parents(population, rng)
+        (theta, _), (other, _) = parents(population, rng)
         controls, m = theta[2:], layers.m
         if rng.random() < 0.5:  # the left of one, the right of the other
             cut = rng.integers(0, m)
@@ -160,14 +159,14 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
     def target(n_samples):  # what the rounding of depths to cells leaves
         return 0.006 + 6e-5 * (n_samples - 100) + observed.floor(n_samples)
 
-    population = _evolve(observed, population, FIRST_WINDOWS, breed, target)
+    population = evolve(observed, population, FIRST_WINDOWS, breed, target)
     n_samples = FIRST_WINDOWS[-1][0]
     while n_samples < 1000:
         velocities, depths = layers.split(population[0][1])
         if n_samples > _echo_time(velocities, _shallow(depths)) + WAVELET:
             break
         n_samples = int(1.2 * n_samples)  # a deep interface has not been heard yet
-        population = _evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target)
+        population = evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target)
     return population[:2]
 
 
@@ -264,109 +263,5 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
             velocities, cells, norm = settle(observed, velocities, cells, increasing)
         best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
         if best[0] < (1e-3 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
-            break
-    return best[1], best[0]
-
-
-# ---------------------------------------------------------------- faults
-
-
-def _map_fit(model, theta, guess, n_steps=8):
-    """theta whose map is nearest to a guess, and the mean absolute difference; no simulation."""
-
-    def difference(t):
-        error = (model.smooth(t) - guess).ravel()
-        return np.sign(error) * np.sqrt(np.abs(error) + 10)
-
-    residual, damping = difference(theta), 0.1
-    for _ in range(n_steps):
-        eye = 0.1 * np.diag(model.scale)
-        jacobian = np.stack([(difference(theta + step) - residual) / 0.1 for step in eye], 1)
-        hessian, slope = jacobian.T @ jacobian, jacobian.T @ residual
-        for _ in range(4):
-            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian) + 1), slope)
-            trial = model.clip(theta - step * model.scale)
-            if (tried := difference(trial)) @ tried < residual @ residual:
-                break
-            damping *= 6
-        else:
-            break
-        theta, residual, damping = trial, tried, max(damping / 6, 1e-4)
-    return np.abs(model.smooth(theta) - guess).mean(), theta, model
-
-
-def _random_fault(n, guess, rng):
-    """A fault as the generator draws it, its velocities the guess's medians: (theta, Fault)."""
-    model = Fault(n, bool(rng.integers(2)))
-    thickness = rng.permutation(np.full(n + 1, 60 / (n + 1))) + 10 * rng.dirichlet(np.ones(n + 1))
-    dip = np.clip(rng.normal(53, 25), 15, 115)
-    throw = rng.choice([-1, 1]) * rng.integers(10, 21)
-    velocities = np.linspace(1500, 4500, n + 1)
-    theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [rng.uniform(5, 130), dip, throw]])
-    layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
-    medians = [np.median(guess[layer == k]) if (layer == k).any() else velocities[k] for k in range(n + 1)]
-    theta[: n + 1] = np.maximum.accumulate(medians)
-    return theta, model
-
-
-def _refine_fault(observed, theta, model, norm):
-    """Coordinate search on the sharp map, whose throw is whole half cells, between Gauss-Newton steps."""
-    n = model.n + 1
-    moves = {len(theta) - 1: (-1, 1), len(theta) - 3: (-1, -0.4, 0.4, 1), len(theta) - 2: (-2, -0.5, 0.5, 2)}
-    moves |= dict.fromkeys(range(n, len(theta) - 3), (-1, 1))
-    moves |= dict.fromkeys(range(n), (-8, -3, -1, 1, 3, 8))
-    for _ in range(8):
-        trials = []
-        for j, steps in moves.items():
-            for step in steps:
-                trial = theta.copy()
-                trial[j] += step
-                trials.append(model.clip(trial))
-        norms = observed.residuals([model.sharp(t) for t in trials], 1000).norm(dim=1)
-        best = int(norms.argmin())
-        if float(norms[best]) >= 0.999 * norm or observed.late:
-            break
-        theta, norm = trials[best], float(norms[best])
-        theta, norm = gauss_newton(
-            observed, model.smooth, theta, model.scale, 1000, 3, model.clip, model.sharp, least_gain=1e-2
-        )
-    return theta, norm
-
-
-def find_fault(observed, guess, n_layers=(4, 3, 2), seed=0):
-    """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals)."""
-    rng = np.random.default_rng(seed)
-    best = (math.inf, None, None)
-    for n in n_layers:
-        drawn = [_random_fault(n - 1, guess, rng) for _ in range(200)]
-        drawn.sort(key=lambda one: np.abs(one[1].smooth(one[0]) - guess).mean())
-        population = [_map_fit(model, theta, guess) for theta, model in drawn[:12]]
-
-        def breed(population, n=n):
-            (theta, model), (other, other_model) = _parents(population, rng)
-            kind = rng.random()
-            if kind < 0.4:
-                theta[-3:], model = other[-3:], other_model
-            elif kind < 0.5:
-                model = Fault(model.n, not model.mirrored)
-                theta[-3] = 134 - theta[-3]
-            elif kind < 0.6:
-                theta[-1] *= -1
-            elif kind < 0.75:
-                theta[-3:] = _random_fault(n - 1, guess, rng)[0][-3:]
-            if rng.random() < 0.7:
-                j = rng.integers(len(theta))
-                theta[j] += rng.normal(0, 2) * model.scale[j]
-            return theta, model
-
-        def target(n_samples):
-            return 0.02 + observed.floor(n_samples)
-
-        population = _evolve(observed, population, FAULT_WINDOWS, breed, target)
-        norm, theta, model = population[0]
-        sharp = float(observed.residuals([model.sharp(theta)], 1000)[0].norm())
-        theta, sharp = _refine_fault(observed, theta, model, sharp)
-        best = min(best, (sharp, model.sharp(theta)), (norm, model.smooth(theta)), key=lambda one: one[0])[:2]
-        if best[0] < 0.05 + 1.1 * observed.floor(1000) or observed.late:
             break
     return best[1], best[0]
