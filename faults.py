@@ -7,6 +7,7 @@ import numpy as np
 
 from gauss_newton import gauss_newton
 from layers import Fault
+from maps import THROW
 from search import CONTRASTS, evolve, parents
 
 WINDOWS = ((220, 12), (300, 10), (400, 8), (520, 5), (680, 4), (1000, 3))  # samples, survivors
@@ -43,7 +44,7 @@ def _random_fault(n, guess, rng):
     model = Fault(n, bool(rng.integers(2)))
     thickness = rng.permutation(np.full(n + 1, 60 / (n + 1))) + 10 * rng.dirichlet(np.ones(n + 1))
     dip = np.clip(rng.normal(53, 25), 15, 115)
-    throw = rng.choice([-1, 1]) * rng.integers(10, 21)
+    throw = rng.choice([-1, 1]) * rng.integers(THROW[0], THROW[1] + 1)
     velocities = np.linspace(1500, 4500, n + 1)
     theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [rng.uniform(5, 130), dip, throw]])
     layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
@@ -82,7 +83,7 @@ def _descend(observed, theta, model, n_steps):
 
 def _blocks(theta, n):
     """Unknowns to try anew together, over their whole range: [(two indices, their values (M, 2)), ...]."""
-    blocks, throws = [], np.concatenate([-np.arange(10, 21), np.arange(10, 21)])
+    blocks, throws = [], np.arange(THROW[0], THROW[1] + 1)
     for k in reversed(range(n - 1)):  # an interface and the velocity below it
         above = theta[n + k - 1] if k else 2.0
         below = theta[n + k + 1] if k < n - 2 else 71.0
@@ -90,7 +91,7 @@ def _blocks(theta, n):
         blocks.append(((n + k, k + 1), (np.arange(above + 2, below - 1, 2), velocities[velocities < 4500])))
     x, dip = theta[-3:-1]
     blocks.append(((-3, -2), (x + np.arange(-24, 25, 4), dip + np.arange(-20, 21, 5))))
-    blocks.append(((-1, -3), (throws, x + np.array([-8, -4, 0, 4, 8]))))
+    blocks.append(((-1, -3), (np.append(throws, -throws), x + np.array([-8, -4, 0, 4, 8]))))
     return [(pair, np.stack(np.meshgrid(*values), -1).reshape(-1, 2)) for pair, values in blocks]
 
 

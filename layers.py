@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from maps import N_CELLS, N_FINE, SPLINE, slip_soft
+from maps import N_CELLS, N_FINE, SPLINE, THROW, slip_soft
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -128,5 +128,6 @@ class Fault:
         theta, n = theta.copy(), self.n + 1
         theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
         theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
-        theta[-3:] = np.clip(theta[-3:], [-10, 5, -22], [150, 125, 22])
+        theta[-3:-1] = np.clip(theta[-3:-1], [-10, 5], [150, 125])
+        theta[-1] = np.copysign(np.clip(abs(theta[-1]), *THROW), theta[-1])
         return theta

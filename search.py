@@ -4,6 +4,7 @@ From the top down, since late echoes mislead while the layers above are wrong. A
 helps, but is not needed for layers. Sizes of populations and windows were chosen on real training maps.
 """
 
+import itertools
 import math
 import wave
 
@@ -192,13 +193,14 @@ def _add_interface(observed, layers, theta, n_samples):
 
 
 def _grow(observed, first, curved, increasing):
-    """All interfaces from the first: the best (norm, theta, Layers) over the possible spacings."""
+    """All interfaces from the first: (norm, theta, Layers), best first, over the possible spacings."""
     hypotheses = []  # (strikes, theta, layers)
     for _, theta, layers in first:
         middle = np.sort(layers.split(theta)[1][0])[5:-5].mean()
         for spacing in SPACINGS:
-            n_above = max(0, math.ceil((middle - 2) / spacing - 1.5))  # contrasts too faint to be heard alone
-            if middle - n_above * spacing >= 0.5 * spacing - 2:
+            # the first heard may be the first there is, or lie below contrasts too faint to be heard alone
+            least = max(0, math.ceil((middle - 2) / spacing - 1.5))
+            for n_above in range(least, math.floor((middle + 2) / spacing - 0.5) + 1):
                 model = Layers(1 + n_above, spacing, curved, increasing)
                 shifts = np.zeros(n_above * layers.m)
                 parts = [np.full(n_above, theta[0]), theta[:2], theta[2:] - n_above * spacing, shifts]
@@ -237,9 +239,56 @@ def _grow(observed, first, curved, increasing):
             (strikes + 1 if norm > limit else 0, theta, layers)
             for norm, theta, strikes, layers in done
             if norm <= limit or strikes == 0 and n_samples < WINDOWS[-2]
-        ][: 8 if n_samples < 500 else 4 if n_samples < 700 else 2]
-    norm, theta, _, layers = done[0]
-    return norm, theta, layers
+        ][: 8 if n_samples < 500 or not curved else 4 if n_samples < 700 else 2]
+    return [(norm, theta, layers) for norm, theta, _, layers in done]
+
+
+def _retry_flat(observed, layers, theta, enough):
+    """Fit flat layers, then each interface and its velocities anew nearby: (velocities, cells, norm).
+
+    Depth and velocity trade for one another in the first windows, and what lies below follows both.
+    """
+
+    def fit(theta):
+        prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+        return gauss_newton(
+            observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
+        )
+
+    def settled(theta):
+        return settle(observed, np.rint(theta[: layers.n + 1]), layers.cells(theta), layers.increasing)
+
+    theta, _ = fit(theta)
+    best, n = settled(theta), layers.n + 1
+    factors = 1 + np.array([-0.1, -0.06, -0.03, -0.015, 0, 0.015, 0.03, 0.06, 0.1])
+    n_idle, k = 0, 0
+    while best[2] > enough and n_idle < layers.n and not observed.late:
+        trials = []
+        ranges = ((k, k + 1), (k, n), (k + 1, n))  # of velocities: above it, and all below, or only those
+        for shift, factor, some in itertools.product((-1.5, -1, -0.5, 0, 0.5, 1, 1.5), factors, ranges):
+            trials.append(theta.copy())
+            trials[-1][slice(*some)] *= factor
+            trials[-1][n + k] += shift
+        trials = [layers.clip(t) for t in trials]
+        norms = observed.residuals([layers.sharp(t) for t in trials], 1000).norm(dim=1)
+        before = best[2]
+        for i in np.argsort(norms.cpu().numpy())[:3]:
+            fitted, _ = fit(trials[i])
+            result = settled(fitted)
+            if result[2] < best[2]:
+                theta, best = fitted, result
+        n_idle, k = (0, k) if best[2] < 0.99 * before else (n_idle + 1, (k + 1) % layers.n)
+    return best
+
+
+def _first_explained(observed, grown):
+    """Of flat layers of several spacings the first that explain the gather, else the best."""
+    best, enough = (None, None, math.inf), 1e-4 + 1.1 * observed.floor(1000)
+    for _, theta, layers in grown[:6]:
+        best = min(best, _retry_flat(observed, layers, theta, enough), key=lambda one: one[2])
+        if best[2] < enough or observed.late:
+            break
+    return best
 
 
 def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
@@ -251,16 +300,16 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
     for seed in range(n_starts):
         rng = np.random.default_rng(seed)
         first = _first_interfaces(observed, curved, increasing, guess, rng)
-        _, theta, layers = _grow(observed, first, curved, increasing)
-        prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
-        theta, norm = gauss_newton(
-            observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
-        )
+        grown = _grow(observed, first, curved, increasing)
         if curved:
+            _, theta, layers = grown[0]
+            prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+            theta, _ = gauss_newton(
+                observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
+            )
             velocities, cells, norm = anneal_curves(observed, layers, theta, seed=seed)
         else:
-            velocities, cells = np.rint(theta[: layers.n + 1]), layers.cells(theta)
-            velocities, cells, norm = settle(observed, velocities, cells, increasing)
+            velocities, cells, norm = _first_explained(observed, grown)
         best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
         if best[0] < (1e-3 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
             break
