@@ -9,6 +9,7 @@ import torch
 
 from anneal import anneal_curves
 from descent import GaussianProcess, descend, total_variation
+from faults import _descend, _rescan
 from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import invert, invert_one
 from layers import Fault, Layers, paint, shade
@@ -144,6 +145,23 @@ def test_annealing_ends_at_the_cells_the_generator_rounded_to():
     assert 1 < np.abs(layers.sharp(theta) - layers.sharp(true)).mean()
     velocities, depths, norm = anneal_curves(observed, layers, theta)
     assert norm < 1e-5 and (paint(velocities, depths) == layers.sharp(true)).all()
+
+
+def test_a_first_contrast_too_faint_to_be_heard_is_found_with_those_below():
+    true = flat_map([1511, 1513, 2532, 3068, 3928], [8, 21, 36, 51])
+    observed = Observed(gather(true, (0,)), (0,))
+    assert (find_layers(observed, curved=False, n_starts=1)[0] == true).all()
+
+
+def test_trying_pairs_of_unknowns_anew_finds_an_interface_that_steps_do_not():
+    model = Fault(2, mirrored=False)
+    true = np.array([1700.0, 2500, 3600, 18, 45, 60, 60, 14])
+    observed = Observed(gather(model.sharp(true), (34,)), (34,))
+    start = true + [0, 0, -1000, 0, 8, 0, 0, 0]
+    stepped = _descend(observed, start, model, 600, 12)[1]
+    theta, norm = _rescan(observed, start, model, 600)
+    assert norm < 0.01 < stepped, (norm, stepped)
+    np.testing.assert_allclose(theta[:5], true[:5], atol=20)
 
 
 def test_linearised_residuals_are_those_of_small_moves():
