@@ -109,7 +109,7 @@ class Fault:
         field = slip_soft(
             np.repeat(profile[:, None], N_FINE, 1), velocities[:2], np.radians(dip), throw, x_fault
         )
-        return field[:, ::-1] if self.mirrored else field
+        return field[:, ::-1].copy() if self.mirrored else field  # torch takes no reversed views
 
     def smooth(self, theta):
         """Between whole throws by interpolation."""

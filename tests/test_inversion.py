@@ -153,8 +153,9 @@ def test_a_first_contrast_too_faint_to_be_heard_is_found_with_those_below():
     assert (find_layers(observed, curved=False, n_starts=1)[0] == true).all()
 
 
-def test_trying_pairs_of_unknowns_anew_finds_an_interface_that_steps_do_not():
-    model = Fault(2, mirrored=False)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_trying_pairs_of_unknowns_anew_finds_an_interface_that_steps_do_not(mirrored):
+    model = Fault(2, mirrored)
     true = np.array([1700.0, 2500, 3600, 18, 45, 60, 60, 14])
     observed = Observed(gather(model.sharp(true), (34,)), (34,))
     start = true + [0, 0, -1000, 0, 8, 0, 0, 0]
@@ -162,6 +163,7 @@ def test_trying_pairs_of_unknowns_anew_finds_an_interface_that_steps_do_not():
     theta, norm = _rescan(observed, start, model, 600)
     assert norm < 0.01 < stepped, (norm, stepped)
     np.testing.assert_allclose(theta[:5], true[:5], atol=20)
+    torch.as_tensor(model.sharp(theta))  # which takes no reversed views
 
 
 def test_linearised_residuals_are_those_of_small_moves():
