@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bench_data
+import bench_inversion
 import realism
 import wave_engine
 from cfg import parse
@@ -391,6 +392,8 @@ def main(argv):
     bench_data.add_arguments(sub)
     sub = what.add_parser("realism", help="a network trained to tell real maps from synthetic ones")
     realism.add_arguments(sub)
+    sub = what.add_parser("inversion", help="waveform inversion from several starts and through noise")
+    bench_inversion.add_arguments(sub)
     args, options = parser.parse_known_args(argv)
     if args.what == "train":
         return bench_train(args, options)
@@ -402,6 +405,8 @@ def main(argv):
         return bench_data.bench_data(args)
     if args.what == "realism":
         return realism.bench_realism(args)
+    if args.what == "inversion":
+        return bench_inversion.bench_inversion(args)
     torch.set_num_threads(args.threads)
     if args.soak:
         soak(args.soak, args.device)

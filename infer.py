@@ -8,6 +8,7 @@ command goes on where it was stopped. Options in cfg.py.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ class Run:
         return DataLoader(
             GatherDataset(self.gathers),
             batch_sampler=batches,
-            num_workers=self.cfg.workers,
+            num_workers=min(self.cfg.workers, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
         )
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import bench
+import synth
 from anneal import anneal_curves
 from descent import GaussianProcess, descend, total_variation
 from faults import _descend, _rescan
@@ -14,6 +16,7 @@ from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import invert, invert_one
 from layers import Fault, Layers, paint, shade
 from maps import N_FINE, make_maps, slip_soft
+from postprocess import gaussian
 from search import _distinct, find_layers, surface_velocity, top_velocity
 from waveform import misfit, simulated
 
@@ -270,3 +273,19 @@ def test_layers_at_the_bounds_and_slower_ones_below_are_found(velocities, cells)
     observed = Observed(gather(vel, (0,)), (0,))
     found, norm = find_layers(observed, curved=False, increasing=False, n_starts=2)
     assert norm < 1e-3 and (found == vel).all()
+
+
+def test_the_bench_tells_errors_from_each_start_and_noise(tmp_path, capsys):
+    """What it prints of a smooth start is checked against the start itself."""
+    synth.write_dataset(tmp_path, ["Style_A"], 1, seed=0)
+    bench.main(
+        ["inversion", f"--input={tmp_path}", "--starts=smooth3,mean", "--snr=inf,20", "--n_iterations=1"]
+    )
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    vel = torch.from_numpy(np.load(tmp_path / "Style_A/model/model1.npy"))
+    blurred = float((gaussian(vel, 3.0) - vel).abs().mean())
+    assert [line.split()[:4] for line in table[1:]] == [
+        ["Style_A", ratio, start, table[i + 1].split()[3]]
+        for i, (ratio, start) in enumerate((r, s) for r in ("inf", "20") for s in ("smooth3", "mean"))
+    ]
+    assert float(table[1].split()[3]) == pytest.approx(blurred, abs=0.01)
