@@ -1,5 +1,6 @@
 """Waveform inversion: parts recover what they made, keep their bounds, never fit worse than the guess."""
 
+import itertools
 import math
 import wave
 
@@ -278,14 +279,15 @@ def test_layers_at_the_bounds_and_slower_ones_below_are_found(velocities, cells)
 def test_the_bench_tells_errors_from_each_start_and_noise(tmp_path, capsys):
     """What it prints of a smooth start is checked against the start itself."""
     synth.write_dataset(tmp_path, ["Style_A"], 1, seed=0)
-    bench.main(
-        ["inversion", f"--input={tmp_path}", "--starts=smooth3,mean", "--snr=inf,20", "--n_iterations=1"]
-    )
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    options = ["--starts=smooth3,mean", "--snr=inf,20", "--n_iterations=1"]
+    bench.main(["inversion", f"--input={tmp_path}", *options])
+    rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]]
+    cases = itertools.product(["Style_A"], ["inf", "20"], ["smooth3", "mean"])
+    assert [tuple(row[:3]) for row in rows] == list(cases)
     vel = torch.from_numpy(np.load(tmp_path / "Style_A/model/model1.npy"))
-    blurred = float((gaussian(vel, 3.0) - vel).abs().mean())
-    assert [line.split()[:4] for line in table[1:]] == [
-        ["Style_A", ratio, start, table[i + 1].split()[3]]
-        for i, (ratio, start) in enumerate((r, s) for r in ("inf", "20") for s in ("smooth3", "mean"))
-    ]
-    assert float(table[1].split()[3]) == pytest.approx(blurred, abs=0.01)
+    assert float(rows[0][3]) == pytest.approx(float((gaussian(vel, 3.0) - vel).abs().mean()), abs=0.01)
+
+
+def test_the_bench_starts_from_a_network_only_with_its_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="give --ckpt"):
+        bench.main(["inversion", f"--input={tmp_path}", "--starts=network"])
