@@ -12,8 +12,8 @@ from search import CONTRASTS, evolve, parents
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.01  # norm of residuals at which nothing is tried anew: the generator's seams leave as much
-EXPLAINED = 0.03  # at which no other start is tried
+FOUND = 0.01  # norm of residuals at which no other start is tried: the generator's seams leave as much
+FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below FOUND
 
 
 def _map_fit(model, theta, guess, n_steps=8):
@@ -97,7 +97,7 @@ def _blocks(theta, n):
 
 def _rescan(observed, theta, model, n_samples):
     """Pairs of unknowns tried anew over their whole range, in turn, until none helps: out of local minima."""
-    enough = FOUND + 1.1 * observed.floor(n_samples)
+    enough = (FOUND if n_samples < 1000 else FAINT) + 1.1 * observed.floor(n_samples)
     norm = float(observed.residuals([model.sharp(theta)], n_samples)[0].norm())
     theta, norm = _refine(observed, theta, model, norm, n_samples)
     n_idle, number = 0, 0
@@ -163,8 +163,8 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
                 theta, norm = _rescan(observed, theta, model, n_samples)
             if norm < best[0]:
                 best = norm, model.sharp(theta)
-            if best[0] < EXPLAINED + 1.1 * observed.floor(1000) or observed.late:
+            if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
                 break
-        if best[0] < EXPLAINED + 1.1 * observed.floor(1000) or observed.late:
+        if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
             break
     return best[1], best[0]
