@@ -25,7 +25,7 @@ import bench_data
 import bench_inversion
 import realism
 import wave_engine
-from cfg import parse
+from cfg import Config, parse
 from data import whole
 from files import find_pairs
 from loader import make_loaders
@@ -282,9 +282,8 @@ def soak(n_maps, device, batch=20):
 
 def bench_train(args, options):
     """Our training loop against forward, loss, backward and step of the same network on fixed tensors."""
-    cfg = dataclasses.replace(
-        parse(["--preset=demo", *options]), log_every=10**9, save_minutes=10**9, synth_per_family=0
-    )
+    cfg = parse(["--preset=demo", f"--batch_size={Config.batch_size}", *options])
+    cfg = dataclasses.replace(cfg, log_every=10**9, save_minutes=10**9, synth_per_family=0)
     with tempfile.TemporaryDirectory() as folder, processes(cfg) as process:
         n = cfg.batch_size * args.steps
         rng = np.random.default_rng(0)

@@ -92,7 +92,8 @@ def _blocks(theta, n):
     x, dip = theta[-3:-1]
     blocks.append(((-3, -2), (x + np.arange(-24, 25, 4), dip + np.arange(-20, 21, 5))))
     blocks.append(((-1, -3), (np.append(throws, -throws), x + np.array([-8, -4, 0, 4, 8]))))
-    return [(pair, np.stack(np.meshgrid(*values), -1).reshape(-1, 2)) for pair, values in blocks]
+    blocks = [(pair, np.stack(np.meshgrid(*values), -1).reshape(-1, 2)) for pair, values in blocks]
+    return [block for block in blocks if len(block[1])]  # between close interfaces there is no room
 
 
 def _rescan(observed, theta, model, n_samples):
@@ -111,9 +112,9 @@ def _rescan(observed, theta, model, n_samples):
             trials.append(theta.copy())
             trials[-1][list(pair)] = value
         trials = [model.clip(t) for t in trials]
-        norms = observed.residuals([model.sharp(t) for t in trials], n_samples).norm(dim=1) if trials else ()
+        norms = observed.residuals([model.sharp(t) for t in trials], n_samples).norm(dim=1)
         before = norm
-        for i in np.argsort(np.asarray(norms))[:3]:
+        for i in np.argsort(norms.cpu().numpy())[:3]:
             fitted, fitted_norm = _descend(observed, trials[i], model, n_samples, 4)
             if fitted_norm < norm:
                 theta, norm = fitted, fitted_norm

@@ -243,22 +243,24 @@ def _grow(observed, first, curved, increasing):
     return [(norm, theta, layers) for norm, theta, _, layers in done]
 
 
+def _fit_sharp(observed, layers, theta):
+    """theta whose map of whole cells and velocities fits the whole record best."""
+    prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+    return gauss_newton(
+        observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
+    )[0]
+
+
 def _retry_flat(observed, layers, theta, enough):
     """Fit flat layers, then each interface and its velocities anew nearby: (velocities, cells, norm).
 
     Depth and velocity trade for one another in the first windows, and what lies below follows both.
     """
 
-    def fit(theta):
-        prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
-        return gauss_newton(
-            observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
-        )
-
     def settled(theta):
         return settle(observed, np.rint(theta[: layers.n + 1]), layers.cells(theta), layers.increasing)
 
-    theta, _ = fit(theta)
+    theta = _fit_sharp(observed, layers, theta)
     best, n = settled(theta), layers.n + 1
     factors = 1 + np.array([-0.1, -0.06, -0.03, -0.015, 0, 0.015, 0.03, 0.06, 0.1])
     n_idle, k = 0, 0
@@ -273,7 +275,7 @@ def _retry_flat(observed, layers, theta, enough):
         norms = observed.residuals([layers.sharp(t) for t in trials], 1000).norm(dim=1)
         before = best[2]
         for i in np.argsort(norms.cpu().numpy())[:3]:
-            fitted, _ = fit(trials[i])
+            fitted = _fit_sharp(observed, layers, trials[i])
             result = settled(fitted)
             if result[2] < best[2]:
                 theta, best = fitted, result
@@ -284,7 +286,7 @@ def _retry_flat(observed, layers, theta, enough):
 def _first_explained(observed, grown):
     """Of flat layers of several spacings the first that explain the gather, else the best."""
     best, enough = (None, None, math.inf), 1e-4 + 1.1 * observed.floor(1000)
-    for _, theta, layers in grown[:6]:
+    for _, theta, layers in grown[:6]:  # the right spacing is rarely further down
         best = min(best, _retry_flat(observed, layers, theta, enough), key=lambda one: one[2])
         if best[2] < enough or observed.late:
             break
@@ -303,10 +305,7 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
         grown = _grow(observed, first, curved, increasing)
         if curved:
             _, theta, layers = grown[0]
-            prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
-            theta, _ = gauss_newton(
-                observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
-            )
+            theta = _fit_sharp(observed, layers, theta)
             velocities, cells, norm = anneal_curves(observed, layers, theta, seed=seed)
         else:
             velocities, cells, norm = _first_explained(observed, grown)
