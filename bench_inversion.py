@@ -16,6 +16,7 @@ from utils import FAMILIES
 
 
 def add_arguments(parser):
+    """The options of `bench.py inversion`."""
     parser.add_argument(
         "--input", required=True, metavar="DIR", help="gathers and their maps, OpenFWI layout"
     )

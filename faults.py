@@ -129,7 +129,7 @@ def _rescan(observed, theta, model, n_samples):
 def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals).
 
-    Begun again with other random numbers, up to `n_starts` times, while more than noise is left unexplained.
+    Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
     """
     best = (math.inf, None)
     for seed, n in itertools.product(range(n_starts), n_layers):

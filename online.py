@@ -295,12 +295,21 @@ class Online:
     def mix(self, step, first_place, seis, vel, family):
         """Replace this step's share of a batch, in place; its first sample is at `first_place` globally."""
         for i in range(len(seis)):
-            lane = self.mine.get(first_place + i)
-            found = None if lane is None else self.lanes.sample(lane, step)
-            if found:
-                new_seis, new_vel = self.made.sample(lane, *found)
+            if found := self.sample_at(step, first_place + i):
+                new_seis, new_vel = self.made.sample(*found)
                 seis[i], vel[i] = new_seis, new_vel
-                family[i] = FAMILIES.index(self.made.plan.family(found[0])[0])
+                family[i] = FAMILIES.index(self.made.plan.family(found[1])[0])
+
+    def sample_at(self, step, place):
+        """(lane, chunk, index in it) of the sample simulated for a place of this rank; None where none is."""
+        lane = self.mine.get(place)
+        found = None if lane is None else self.lanes.sample(lane, step)
+        return found and (lane, *found)
+
+    def name(self, step, place):
+        """What was simulated for a place, for messages; None where nothing was."""
+        found = self.sample_at(step, place)
+        return found and f"simulated {self.made.plan.family(found[1])[0]}, chunk {found[1]}[{found[2]}]"
 
     def __enter__(self):
         return self

@@ -174,6 +174,14 @@ class BadSteps:
         self.check()
         self.waiting = (self.trainer.step, norm, self.trainer.scaler.get_scale, losses, batches, indices)
 
+    def name(self, step, k, n_batch, index):
+        """This rank's sample k of a step: file and row of the item, or what was simulated in its place."""
+        process, online = self.trainer.process, self.trainer.online
+        micro, within = divmod(k, n_batch)
+        place = (micro * process.world + process.rank) * n_batch + within
+        pair, row = self.items[index]
+        return (online and online.name(step, place)) or f"{pair.seis}[{row}]"
+
     def check(self):
         """Look at the step that waits; raises ArithmeticError after `max_bad_steps` in a row."""
         if self.waiting is None:
@@ -185,8 +193,8 @@ class BadSteps:
             return
         self.total += 1
         lost = ~torch.isfinite(losses.cpu())
-        named = [i for i, bad in zip(indices, lost.tolist(), strict=True) if bad or not lost.any()]
-        samples = [f"{self.items[i][0].seis}[{self.items[i][1]}]" for i in named]
+        named = [k for k, bad in enumerate(lost.tolist()) if bad or not lost.any()]
+        samples = [self.name(step - 1, k, len(batches[0][0]), indices[k]) for k in named]
         rank = self.trainer.process.rank
         append_json(self.folder / "skipped.jsonl", {"step": step, "rank": rank, "samples": samples})
         # float16 finds its loss scale by overflowing: only a scale that can fall no further is a fault

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,25 @@ def test_a_run_with_online_simulation_resumes_bit_for_bit(files, tmp_path, monke
         assert all(torch.equal(whole_run[part][k], resumed[part][k]) for k in whole_run[part])
     files_only = run(files, tmp_path / "c", "--online=0", *options)
     assert any(not torch.equal(whole_run["model"][k], files_only["model"][k]) for k in whole_run["model"])
+
+
+def test_a_simulated_sample_that_makes_a_step_non_finite_is_named_as_one(files, tmp_path, monkeypatch):
+    cfg = config(files, tmp_path, batch_size=2, online_maps="varied", flip_p=0)
+    plan, lanes = make_plan(cfg, items(files)), Lanes(0.5, 2, None)
+    sample = Cached.sample
+
+    def spoilt(self, lane, k, index):
+        seis, vel = sample(self, lane, k, index)
+        return (seis * np.nan if (k, index) == lanes.sample(0, 1) else seis), vel
+
+    monkeypatch.setattr(Cached, "sample", spoilt)
+    run(files, tmp_path, f"--online_cache={tmp_path / 'cache'}")
+    (line,) = [json.loads(line) for line in next(tmp_path.glob("*-full/skipped.jsonl")).open()]
+    chunk, index = lanes.sample(0, 1)
+    simulated = f"simulated {plan.family(chunk)[0]}, chunk {chunk}[{index}]"
+    assert line["step"] == 2 and line["samples"][0] == simulated
+    # batch norm spreads it over its batch: the other sample is a file's
+    assert len(line["samples"]) == 2 and ".npy[" in line["samples"][1]
 
 
 def test_a_killed_simulating_process_stops_the_run_and_says_so(files, tmp_path, monkeypatch, refuses):
