@@ -142,7 +142,7 @@ class Config:
     refine_rounds: int = 3  # of feedback
     refine_step: float = 0.8  # of feedback: share of the residual put back; halved where misfit grows
     refine_minutes: float = 10.0  # of inversion: at most so many for a gather
-    refine_iterations: int = 60  # of inversion: cell by cell, for what searches leave; 0 = searches alone
+    refine_iterations: int = 600  # of inversion: cell by cell, for what searches leave; 0 = searches alone
     misfit: bool = False  # simulate the predictions; misfits into <out>.misfit.csv, label-free quality
     flag_worst: int = 0  # list and draw so many predictions of the greatest log misfit
     figures: str = ""  # folder for figures: best, median and worst of each family; misfit against error

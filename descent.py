@@ -1,6 +1,7 @@
 """Waveform inversion cell by cell: misfit + prior, by L-BFGS on the exact adjoint, many samples at once."""
 
 import math
+import time
 import wave
 from dataclasses import dataclass, field
 
@@ -8,8 +9,9 @@ import torch
 
 from utils import V_MAX, V_MIN
 
-WINDOWS = (400, 700, 1000)  # samples; each for a third of the iterations
+WINDOWS = {300: 0.1, 500: 0.2, 750: 0.4, 1000: 1.0}  # samples: share of the time by which they end
 HISTORY = 8  # pairs that L-BFGS keeps
+ROW = wave.OPENFWI.source_row
 MARGIN = 1e-3  # share of the velocity range that the bounded unknown keeps from its ends
 
 
@@ -22,25 +24,66 @@ def total_variation(vel, p=1.0, scale_m_s=20.0):
     return terms[0] + terms[1] - 2
 
 
-class GaussianProcess:
-    """Squared-exponential prior around a depth trend, as Style's maps: (B, 1, Z, X) m/s -> (B,).
+class Cells:
+    """The unknowns of layered maps: each cell for itself, bounded, scaled 1 + z/5 so that the deep moves too.
 
-    deviation in m/s, length in cells (FACTS of Style_A: 183, 3.5); `nugget` m/s of white noise.
+    prior: f(maps (B, 1, Z, X) m/s) -> (B,), by default a total variation that favours few sharp edges.
     """
 
-    def __init__(self, start, deviation=183.0, length=3.5, nugget=20.0):
-        n = start.shape[-1]
-        x = torch.arange(n, dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2))
-        power = deviation**2 * values.clamp(min=0)[:, None] * values.clamp(min=0) + nugget**2
-        self.vectors, self.power = vectors.to(start), power.to(start)
-        rows = start.mean(3, keepdim=True)  # the trend: a line through the mean of each row
-        z = torch.linspace(-1, 1, n, dtype=start.dtype, device=start.device)[:, None]
-        self.mean = rows.mean(2, keepdim=True) + z * (rows * z).sum(2, keepdim=True) / z.square().sum()
+    def __init__(self, start, weight=3e-5, prior=lambda vel: total_variation(vel, 0.8)):
+        depth = 1 + torch.arange(start.shape[2], device=start.device, dtype=start.dtype) / 5
+        self.depth, self.weight, self.prior = depth[:, None], weight, prior
+        share = ((start - V_MIN) / (V_MAX - V_MIN)).clamp(MARGIN, 1 - MARGIN)
+        self.start = share.logit() / self.depth
 
-    def __call__(self, vel):
-        modes = self.vectors.T @ (vel - self.mean) @ self.vectors
-        return (modes.square() / self.power).mean((1, 2, 3))
+    def maps(self, unknown):
+        return V_MIN + (V_MAX - V_MIN) * torch.sigmoid(unknown * self.depth)
+
+    def penalty(self, unknown):
+        return self.weight * self.prior(self.maps(unknown))
+
+
+class Modes:
+    """The unknowns of smooth maps: modes of a Gaussian process (squared exponential) around a depth trend.
+
+    Each mode is divided by its own deviation, so that the prior is their mean square and the smooth, which
+    waves see first, moves first. deviation and nugget (white noise) in m/s, length in cells; as measured on
+    Style_B, Style_A: 183, 3.5, 20. surface: the velocities at the sources (B, S) m/s, which all maps then
+    have (conditioning by kriging: Matheron, 1973), or None.
+    """
+
+    def __init__(self, start, surface=None, deviation=158.0, length=1.96, nugget=58.0, weight=1e-5):
+        n, like = start.shape[-1], {"dtype": start.dtype, "device": start.device}
+        x = torch.arange(n, dtype=torch.float64)
+        covariance = torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2)
+        values, vectors = torch.linalg.eigh(covariance)
+        power = deviation**2 * values.clamp(min=0)[:, None] * values.clamp(min=0) + nugget**2
+        self.vectors, self.deviations, self.weight = vectors.to(**like), power.sqrt().to(**like), weight
+        rows = start.mean(3, keepdim=True)  # the trend: a line through the mean of each row
+        z = torch.linspace(-1, 1, n, **like)[:, None]
+        self.mean = rows.mean(2, keepdim=True) + z * (rows * z).sum(2, keepdim=True) / z.square().sum()
+        self.start = self.vectors.T @ (start - self.mean) @ self.vectors / self.deviations
+        self.surface = surface if surface is None else torch.as_tensor(surface).to(**like)
+        cells = torch.tensor(wave.SOURCES)
+        at_cells = deviation**2 * covariance[ROW][:, None, None] * covariance[:, cells]  # (Z, X, S)
+        at_cells[ROW, cells, torch.arange(len(cells))] += nugget**2
+        self.gain = (at_cells @ at_cells[ROW, cells].inverse()).to(**like)
+
+    def maps(self, unknown):
+        return self.free(unknown).clamp(V_MIN, V_MAX)
+
+    def free(self, unknown):
+        """As `maps`, not yet within OpenFWI's range."""
+        vel = self.mean + self.vectors @ (self.deviations * unknown) @ self.vectors.T
+        if self.surface is None:
+            return vel
+        lack = self.surface - vel[:, 0, ROW, list(wave.SOURCES)]
+        return vel + torch.einsum("zxs,bs->bzx", self.gain, lack)[:, None]
+
+    def penalty(self, unknown):
+        vel = self.free(unknown)
+        outside = ((vel - vel.clamp(V_MIN, V_MAX)) / 100).square().mean((1, 2, 3))
+        return self.weight * unknown.square().mean((1, 2, 3)) + 1e-3 * outside
 
 
 @dataclass
@@ -72,28 +115,29 @@ class _Memory:
         return -q
 
 
-def descend(seis, vel, prior, weight=1e-4, n_iterations=60, floor=None, late=lambda: False):
-    """Fit maps to gathers: seis (B, S, T, R), start vel (B, 1, Z, X) m/s -> (vel, relative misfits (n, B)).
+def descend(seis, cells, n_iterations=60, floor=None, minutes=math.inf, note=lambda n_samples, vel: None):
+    """Fit maps to gathers: seis (B, S, T, R), unknowns `Cells` or `Modes` -> (vel, relative misfits (n, B)).
 
-    Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + weight · prior(vel), from the top down in windows that
-    grow. Unknowns: the cells, bounded, scaled 1 + z/5 so that the deep moves too, and each map's minimum
-    velocity, which sets the sponge. Each sample has its own step length; one whose misfit falls below its
-    `floor` (B,), what the noise leaves, stops (discrepancy principle, Morozov, 1966).
+    Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + penalty, from the top down in windows that grow. Each
+    map's minimum velocity, which sets the sponge, is an unknown of its own. Each sample has its own step
+    length; one whose misfit falls below its `floor` (B,), what the noise leaves, stops (discrepancy
+    principle, Morozov, 1966). Each window takes an equal part of the iterations, or ends at its part of the
+    minutes; `note` is then called with its samples and the maps.
     """
-    n_batch, (n_z, n_x) = len(vel), vel.shape[-2:]
-    depth = (1 + torch.arange(n_z, device=vel.device, dtype=vel.dtype) / 5)[:, None]
+    vel, shape = cells.maps(cells.start), cells.start.shape
+    n_batch = len(vel)
     span, floor = V_MAX - V_MIN, torch.zeros(n_batch, device=vel.device) if floor is None else floor
-    share = ((vel[:, 0] - V_MIN) / span).clamp(MARGIN, 1 - MARGIN)
     v_min = vel.amin((1, 2, 3)).clamp(V_MIN, V_MAX)
-    unknown = torch.cat([(share.logit() / depth).flatten(1), (v_min[:, None] - V_MIN) / span], 1)
+    unknown = torch.cat([cells.start.flatten(1), (v_min[:, None] - V_MIN) / span], 1).detach()
+    began = time.monotonic()
 
-    def maps(u):
-        return V_MIN + span * torch.sigmoid(u[:, :-1].view(n_batch, 1, n_z, n_x) * depth)
+    def field(u):
+        return u[:, :-1].view(shape)
 
     def evaluate(u, n_samples):
         """Objective, misfit (B,) each, and gradient (B, P)."""
         u = u.detach().requires_grad_()
-        made = maps(u)
+        made = cells.maps(field(u))
         sponge = (V_MIN + span * u[:, -1]).clamp(V_MIN, V_MAX)
         n = min(n_samples, seis.shape[2] - 1)  # index 999 of the real data does not follow the scheme
         gain = (torch.arange(n, device=seis.device, dtype=seis.dtype) / n)[:, None]
@@ -101,21 +145,21 @@ def descend(seis, vel, prior, weight=1e-4, n_iterations=60, floor=None, late=lam
         residual = wave.simulate(made, n_samples=n_samples, v_min=sponge)[:, :, :n] * gain - observed
         energy = observed.flatten(1).square().sum(1).clamp(min=1e-30)
         fit = residual.flatten(1).square().sum(1) / energy
-        value = fit + weight * prior(made)
+        value = fit + cells.penalty(field(u))
         (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), fit.detach().sqrt(), gradient
 
     trace = []
-    for n_samples in WINDOWS:
+    for n_samples, part in WINDOWS.items():
         memory, steps = _Memory(), None
         value, fit, gradient = evaluate(unknown, n_samples)
         done = torch.zeros(n_batch, dtype=torch.bool, device=vel.device)
         for _ in range(math.ceil(n_iterations / len(WINDOWS))):
             done |= fit < floor
-            if done.all() or late():
+            if done.all() or time.monotonic() - began > 60 * part * minutes:
                 break
             direction = memory.direction(gradient)
-            if steps is None:  # the first step moves no cell by more than about 40 m/s
+            if steps is None:  # the first step is small: no cell moves by more than about 40 m/s
                 direction = direction * (0.05 / direction.abs().amax(1).clamp(min=1e-30))[:, None]
                 steps = torch.ones_like(value)
             length = torch.ones_like(value).masked_fill(done, 0)
@@ -133,4 +177,5 @@ def descend(seis, vel, prior, weight=1e-4, n_iterations=60, floor=None, late=lam
             unknown, gradient = torch.where(keep, trial, unknown), torch.where(keep, trial_gradient, gradient)
             value, fit = torch.where(good, trial_value, value), torch.where(good, trial_fit, fit)
             trace.append(fit)
-    return maps(unknown).detach(), torch.stack(trace) if trace else fit[None]
+        note(n_samples, cells.maps(field(unknown)).detach())
+    return cells.maps(field(unknown)).detach(), torch.stack(trace) if trace else fit[None]

@@ -162,6 +162,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
         for _, theta, model in population[:2]:
             for n_samples in LATER:
                 theta, norm = _rescan(observed, theta, model, n_samples)
+                observed.note(n_samples, model.sharp(theta))
             if norm < best[0]:
                 best = norm, model.sharp(theta)
             if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:

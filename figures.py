@@ -41,6 +41,31 @@ def quality_figure(path, rows):
     plt.close(fig)
 
 
+def steps_figure(path, title, steps, truth, n_most=12):
+    """Maps on the way of an inversion, [(what, (Z, X)), ...], at most `n_most`, and the truth or None."""
+    plt = pyplot()
+    if plt is None:
+        return
+    chosen = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(n_most, len(steps)))]
+    panels = [
+        (what if truth is None else f"{what}, MAE {np.abs(vel - truth).mean():.1f}", vel)
+        for what, vel in chosen
+    ] + ([] if truth is None else [("truth", truth)])
+    n_columns = min(5, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    size = (3.2 * n_columns, 2.8 * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    shades = [f(vel) for _, vel in panels[-2:] for f in (np.min, np.max)]
+    for ax, (what, vel) in zip(axes.flat, panels, strict=False):
+        draw_map(fig, ax, what, vel, vmin=min(shades), vmax=max(shades))
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    fig.suptitle(title)
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    plt.close(fig)
+
+
 def calibration_figure(path, misfits, errors, families, correlation):
     """Error against misfit, a point a prediction, a colour a family, into `path`."""
     plt = pyplot()

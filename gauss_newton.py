@@ -23,12 +23,13 @@ QUIET_OFFSET, QUIET_SAMPLES = 40, 60  # cells and samples that the fastest wave 
 class Observed:
     """One gather to fit: seis (S, T, R), and of which of OpenFWI's sources; counts what is simulated.
 
-    `minutes` from now, `late` turns true: searches then end with what they have.
+    `minutes` from now, `late` turns true: searches then end with what they have. `steps`: maps on the way,
+    (what it is, (70, 70) m/s) each.
     """
 
     def __init__(self, seis, sources=wave.SOURCES, minutes=math.inf):
         self.seis, self.sources = seis.float(), tuple(sources)
-        self.simulations = 0.0  # of 5 shots and 1000 samples
+        self.simulations, self.steps = 0.0, []  # simulations of 5 shots and 1000 samples
         self.deadline = time.monotonic() + 60 * minutes
         self.noise = self._noise()
 
@@ -40,6 +41,10 @@ class Observed:
     @property
     def late(self):
         return self.left < 0
+
+    def note(self, n_samples, vel):
+        """Keep a map (70, 70) that fits the first `n_samples`."""
+        self.steps.append((f"{n_samples} samples", np.asarray(vel, np.float32)))
 
     def _noise(self):
         """Standard deviation of the noise: what far receivers record before any wave can have come."""

@@ -258,6 +258,7 @@ class Run:
                     seis = seis.to(self.device, non_blocking=True)
                 if cfg.refine != "none":
                     vel, traces = REFINE[cfg.refine](self.model(families), seis, maps[-1], families, cfg)
+                    self.keep_steps(numbers, [trace.pop("steps", ()) for trace in traces])
                     self.work.note("trace.jsonl", [self.gathers[i].oid for i in numbers], traces)
                     maps.append(vel)
                 told = compare(seis, simulated(maps[-1])) if needs_misfit else {}
@@ -271,6 +272,21 @@ class Run:
                     bar.set_postfix(median_misfit=f"{np.median(misfits):.2g}")
                 bar.update(len(numbers))
         return results, stages
+
+    def keep_steps(self, numbers, courses):
+        """Keep the maps on the way of an inversion for `--figures`, beside the other results."""
+        for i, steps in zip(numbers if self.cfg.figures else (), courses, strict=False):
+            if steps:
+                with write_atomic(self.work.folder / f"steps{i}.npz") as part, open(part, "wb") as file:
+                    np.savez(file, **{f"{k:03} {what}": vel for k, (what, vel) in enumerate(steps)})
+
+    def steps_of(self, i):
+        """What `keep_steps` has kept of gather i: [(what, (70, 70) map), ...]."""
+        path = self.work.folder / f"steps{i}.npz"
+        if not path.exists():
+            return []
+        with np.load(path, allow_pickle=False) as file:
+            return [(name[4:], file[name]) for name in file]
 
     def simulate(self, vel):
         """A map's gather: (1, 70, 70) -> (5, 1000, 70), as arrays."""

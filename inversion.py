@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from descent import GaussianProcess, descend, total_variation
+from descent import Cells, Modes, descend
 from faults import find_fault
 from gauss_newton import Observed
 from search import find_layers, surface_velocity
@@ -21,7 +21,11 @@ from waveform import is_flat, misfit, simulated
 
 FLAT = 1e-4  # relative difference of mirror images, above the noise, of gathers above flat layers
 EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
-WEIGHTS = {"style": 1e-5, "layers": 3e-5}  # of the prior in cell-by-cell inversion
+STYLE_A = {
+    "deviation": 183.0,
+    "length": 3.5,
+    "nugget": 20.0,
+}  # its Gaussian process; Style_B's is the default
 
 
 def _varies(observed):
@@ -51,14 +55,17 @@ def _one_side(seis):
 
 
 def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
-    """One gather (5, 1000, 70) and its guess (1, 70, 70) m/s -> (map (1, 70, 70), what happened, a dict)."""
+    """One gather (5, 1000, 70) and its guess (1, 70, 70) m/s -> (map (1, 70, 70), what happened, a dict).
+
+    Its "steps" are maps on the way, [(what, (70, 70) array), ...]; all else fits JSON.
+    """
     began = time.monotonic()
     whole = Observed(seis, minutes=minutes)
     # of two noisy mirror images the difference holds both noises
     noise = math.sqrt(2) * whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
     flat = bool(is_flat(seis[None], FLAT + 1.05 * noise)[0])
     if not flat and _varies(whole):
-        family = "Style_A"
+        family = "Style_A" if family == "Style_A" else "Style_B"
     floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
@@ -67,6 +74,7 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=0.6 * whole.left)
         found, _ = search(observed, vel[0].cpu().double().numpy())
         whole.simulations += observed.simulations
+        whole.steps += observed.steps
         name = f"search{number + 1}"
         candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
         told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])
@@ -74,13 +82,19 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
             break
     best = min(told, key=told.get)
     if told[best] > EXPLAINED + 1.1 * floor and n_iterations and not whole.late:
-        style = (family or "").startswith("Style")
         start = candidates[best][None]
-        prior = GaussianProcess(start) if style else lambda v: total_variation(v, 0.8)
-        weight = WEIGHTS["style" if style else "layers"]
+        if (family or "").startswith("Style"):
+            surface = surface_velocity(whole)[None] if whole.noise == 0 else None
+            cells = Modes(start, surface, **(STYLE_A if family == "Style_A" else {}))
+        else:
+            cells = Cells(start)
         limit = torch.full((1,), 1.02 * floor, device=vel.device)
-        cells, _ = descend(seis[None], start, prior, weight, n_iterations, limit, lambda: whole.late)
-        whole.simulations += 6.0 * n_iterations  # a gradient costs about six simulations
+
+        def note(n_samples, made):
+            whole.note(n_samples, made[0, 0].cpu())
+
+        cells, course = descend(seis[None], cells, n_iterations, limit, whole.left, note)
+        whole.simulations += 6.0 * len(course)  # a gradient costs about six simulations
         candidates["cells"] = cells[0]
         told["cells"] = float(misfit(seis[None], simulated(cells))[0])
         best = min(told, key=told.get)
@@ -92,6 +106,8 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     told = {name: float(f"{value:.5g}") for name, value in told.items()}
     trace = {"misfits": told, "kept": best, "noise": float(f"{floor:.3g}"), "flat": flat}
     trace |= {"simulations": round(whole.simulations), "seconds": round(time.monotonic() - began, 1)}
+    kept = candidates[best][0].cpu().numpy()
+    trace["steps"] = [("guess", vel[0].cpu().numpy()), *whole.steps, (f"kept: {best}", kept)]
     return candidates[best].clamp(V_MIN, V_MAX), trace
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import calibration_figure, quality_figure
+from figures import calibration_figure, quality_figure, steps_figure
 from utils import FAMILIES, write_atomic
 from waveform import MISFITS, WARNINGS, spearman
 
@@ -77,13 +77,21 @@ def draw(path, numbers, run, results, errors, simulate):
 
 
 def draw_families(folder, run, results, families, errors, simulate):
-    """Best, median and worst prediction of each family: by error where it is known, else by log misfit."""
+    """Best, median and worst prediction of each family: by error where it is known, else by log misfit.
+
+    Of those that were inverted, the steps too.
+    """
     by = errors if errors is not None else results["log_misfit"]
     for family in sorted({f or "unknown" for f in families}):
         mine = [i for i, f in enumerate(families) if (f or "unknown") == family]
         mine.sort(key=lambda i: by[i])
         chosen = dict.fromkeys((mine[0], mine[len(mine) // 2], mine[-1]))
         draw(Path(folder) / f"{family}.png", chosen, run, results, errors, simulate)
+        for i in chosen:
+            if steps := run.steps_of(i):
+                truth = run.truth([i])[0, 0].numpy() if errors is not None else None
+                oid = run.gathers[i].oid
+                steps_figure(Path(folder) / "steps" / f"{oid}.png", f"{family} {oid}", steps, truth)
     if errors is not None:
         names = [f or "unknown" for f in families]
         for name in MISFITS:

@@ -75,6 +75,7 @@ def evolve(observed, population, windows, breed, target):
             bred = fit([breed(population) for _ in range(12)], n_samples, 4)
             population = _distinct(population + bred, keep)
             n_idle = 0 if population[0][0] < 0.97 * least else n_idle + 1
+        observed.note(n_samples, population[0][2].smooth(population[0][1]))
     return population
 
 
@@ -233,6 +234,7 @@ def _grow(observed, first, curved, increasing):
                 )
             done.append((*fitted[key][::-1], strikes, layers))
         done.sort(key=lambda one: one[0])
+        observed.note(n_samples, done[0][3].smooth(done[0][1]))
         limit = 2 * done[0][0] + 1e-3
         # twice worse than the best twice over: once may be an echo that only the other model had added
         hypotheses = [
