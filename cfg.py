@@ -142,6 +142,7 @@ class Config:
     refine_rounds: int = 3  # of feedback
     refine_step: float = 0.8  # of feedback: share of the residual put back; halved where misfit grows
     refine_minutes: float = 10.0  # of inversion: at most so many for a gather
+    refine_budget: float = 0.0  # minutes for all gathers, those of most expected gain first; 0 = unlimited
     refine_iterations: int = 600  # of inversion: cell by cell, for what searches leave; 0 = searches alone
     misfit: bool = False  # simulate the predictions; misfits into <out>.misfit.csv, label-free quality
     flag_worst: int = 0  # list and draw so many predictions of the greatest log misfit
@@ -200,6 +201,7 @@ FREE_FIELDS = (
         "refine_rounds",
         "refine_step",
         "refine_minutes",
+        "refine_budget",
         "refine_iterations",
         "misfit",
         "flag_worst",

@@ -7,6 +7,7 @@ and written. Results lie in `<out>.work/` until the output is complete: the same
 command goes on where it was stopped. Options in cfg.py.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from cfg import NETWORK_FIELDS, parse
 from ensemble import Member, shares
 from gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
-from inversion import invert
+from inversion import expected_gain, invert
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, mae_of, run_step, try_steps
 from pseudo import check_root, write_pseudo
 from report import (
@@ -81,7 +82,7 @@ class Run:
         self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None
         self.weights = shares(cfg.ensemble_weights, (self.fit or {}).get("ensemble_weights"), len(self.paths))
         self.members = [Member(cfg, path, process.device) for path in self.paths]
-        self.work = Work(self.out)
+        self.work, self.spent_s = Work(self.out), 0.0
         files = {g.path: None for g in self.gathers} | {t[0]: None for t in self.truths or ()}
         self.files = fingerprint(files)
 
@@ -245,6 +246,8 @@ class Run:
         if cfg.refine != "none":
             for member in self.members:
                 member.load()
+        if cfg.refine == "inversion" and cfg.refine_budget:
+            todo = self.by_gain(todo, predictions)
         batches = self.loader(todo) if needs_misfit else ((torch.tensor(numbers), None) for numbers in todo)
         with tqdm(
             total=n, initial=n - sum(map(len, todo)), unit="map", desc="final", disable=not needs_misfit
@@ -257,7 +260,7 @@ class Run:
                 if needs_misfit:
                     seis = seis.to(self.device, non_blocking=True)
                 if cfg.refine != "none":
-                    vel, traces = REFINE[cfg.refine](self.model(families), seis, maps[-1], families, cfg)
+                    vel, traces = self.refined(seis, maps[-1], families)
                     self.keep_steps(numbers, [trace.pop("steps", ()) for trace in traces])
                     self.work.note("trace.jsonl", [self.gathers[i].oid for i in numbers], traces)
                     maps.append(vel)
@@ -272,6 +275,30 @@ class Run:
                     bar.set_postfix(median_misfit=f"{np.median(misfits):.2g}")
                 bar.update(len(numbers))
         return results, stages
+
+    def by_gain(self, todo, predictions):
+        """Batches of one gather, those first whose inversion promises to gain most in its time."""
+        self.spent_s = sum(note.get("seconds", 0) for note in self.work.notes("trace.jsonl").values())
+        gains = []
+        for numbers, seis in tqdm(self.loader(todo), desc="gains", unit="map"):
+            families = self.family_names(predictions, numbers.tolist())
+            vel = self.joined(predictions, numbers.tolist()).to(self.device)
+            gains += expected_gain(
+                seis.to(self.device), (self.processed(vel, families) or [vel])[-1]
+            ).tolist()
+        return [todo[i] for i in np.argsort(-np.array(gains), kind="stable")]
+
+    def refined(self, seis, vel, families):
+        """Maps after `cfg.refine`, and a dict each; as they are once the budget is spent."""
+        cfg = self.cfg
+        if cfg.refine == "inversion" and cfg.refine_budget:
+            left = cfg.refine_budget - self.spent_s / 60
+            if left <= 0:
+                return vel, [{"kept": "guess", "why": "--refine_budget is spent"}]
+            cfg = dataclasses.replace(cfg, refine_minutes=min(cfg.refine_minutes, left))
+        vel, traces = REFINE[cfg.refine](self.model(families), seis, vel, families, cfg)
+        self.spent_s += sum(trace.get("seconds", 0) for trace in traces)
+        return vel, traces
 
     def keep_steps(self, numbers, courses):
         """Keep the maps on the way of an inversion for `--figures`, beside the other results."""

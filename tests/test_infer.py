@@ -404,10 +404,32 @@ def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs
     with pytest.raises(Stopped):
         run(*words)
     monkeypatch.setattr(Results, "put", put)
-    score, _ = run(*words)
+    score, _ = run(*words, "--figures", tmp_path / "figures")
     assert score["all"][0] == 0
+    assert list((tmp_path / "figures" / "steps").iterdir())  # of the one done after the interruption
     traces = [json.loads(line) for line in (tmp_path / "s.trace.jsonl").read_text().splitlines()]
     assert len(traces) == 2 and all(trace["misfits"]["rounded"] < 1e-5 for trace in traces)
+
+
+def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs, tmp_path, monkeypatch):
+    order = []
+
+    def invert(seis, vel, families, minutes, n_iterations):
+        order.append(minutes)
+        return torch.full_like(vel, 1600.0 + len(order)), [{"seconds": 45.0}]
+
+    monkeypatch.setattr(infer_module, "invert", invert)
+    _, plain = run(name="plain.csv")
+    _, out = run("--refine=inversion", "--refine_budget=1", "--refine_minutes=0.9")
+    assert order == [0.9, 0.25]
+    oids, maps = maps_of(out)
+    before = maps_of(plain)[1]
+    for k, family in enumerate(oids):
+        inverted = maps[k].min() == maps[k].max()
+        assert inverted == ("FlatVel_A" in family)  # seconds each
+        assert inverted or (maps[k] == before[k]).all()
+    traces = [json.loads(line) for line in (tmp_path / "s.trace.jsonl").read_text().splitlines()]
+    assert sum("spent" in trace.get("why", "") for trace in traces) == 2
 
 
 OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
