@@ -239,8 +239,18 @@ POSITIVE = (
     "online_workers",
 )
 
+SEISNEXT = {  # our network, with the options and the rate it was measured with
+    "arch": "seisnext",
+    "head": "perfect",
+    "decoder_norm": "batch",
+    "input_scaling": "signed_log",
+    "lr": 1e-3,
+    "warmup_steps": 50,
+    "weight_decay": 0.05,
+}
 PRESETS = {
     "full": {},
+    "seisnext": {"name": "seisnext", **SEISNEXT},
     "demo": {  # simulates, trains and validates in minutes on two CPU cores
         "name": "demo",
         "data_root": ("data_demo",),
@@ -248,15 +258,9 @@ PRESETS = {
         "synth_per_family": 240,
         "split": "share",
         "workers": 1,
-        "arch": "seisnext",
-        "head": "perfect",
-        "decoder_norm": "batch",
-        "input_scaling": "signed_log",
+        **SEISNEXT,
         "epochs": 12,
         "batch_size": 8,
-        "lr": 1e-3,
-        "warmup_steps": 50,
-        "weight_decay": 0.05,
         "val_every": 4,
     },
 }

@@ -7,10 +7,11 @@ import numpy as np
 
 from gauss_newton import gauss_newton
 from layers import Fault
-from maps import THROW
-from search import CONTRASTS, evolve, parents
+from maps import N_CELLS, THROW
+from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
+N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
 FOUND = 0.01  # norm of residuals at which no other start is tried: the generator's seams leave as much
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below FOUND
@@ -51,6 +52,32 @@ def _random_fault(n, guess, rng):
     layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
     medians = [np.median(guess[layer == k]) if (layer == k).any() else velocities[k] for k in range(n + 1)]
     theta[: n + 1] = np.maximum.accumulate(medians)
+    return theta, model
+
+
+def _through(beneath, sources, top, n, guess, rng):
+    """As `_random_fault`, through what is seen beneath the sources, [(cells, m/s), ...]: (theta, Fault).
+
+    Where its depth changes between two sources by as much as a fault throws, the fault is there.
+    """
+    theta, model = _random_fault(n, guess, rng)
+    depths, below = np.array(beneath).T
+    steps = [(k, np.median(depths[:k]), np.median(depths[k:])) for k in range(1, len(depths))]
+    steps = [step for step in steps if 4 < abs(step[1] - step[2]) < 12]
+    base = np.median(depths)
+    if steps:
+        k, left, right = steps[rng.integers(len(steps))]
+        base, moved = (right, left) if model.mirrored else (left, right)
+        theta[-1] = np.rint(2 * (moved - base))
+        x = 2 * rng.uniform(sources[k - 1], sources[k])  # where the fault cuts the interface, half cells
+        x = 139 - x if model.mirrored else x
+        theta[-3] = x + (2 * base - N_CELLS) / np.tan(np.radians(theta[-2]))
+    seen = int(rng.integers(2)) if base > 16 and n > 1 else 0  # one above may be too faint to be seen
+    theta[n + 1 : -3] += base - theta[n + 1 + seen]
+    theta[0], theta[seen + 1] = top, np.median(below)
+    if seen:
+        theta[1] = top + (theta[2] - top) * rng.uniform(0, 0.5)
+        theta[n + 1] = max(theta[n + 1], 5.0)
     return theta, model
 
 
@@ -104,6 +131,8 @@ def _rescan(observed, theta, model, n_samples):
     n_idle, number = 0, 0
     while norm > enough and not observed.late:
         blocks = _blocks(theta, model.n + 1)
+        if norm < FOUND:  # the fault is found
+            blocks = blocks[:-2]
         if n_idle == len(blocks):
             break
         pair, values = blocks[number % len(blocks)]
@@ -131,12 +160,17 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
 
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
     """
-    best = (math.inf, None)
+    best, top = (math.inf, None), top_velocity(observed)
+    beneath = depths_beneath(observed, top, increasing=True)
     for seed, n in itertools.product(range(n_starts), n_layers):
         rng = np.random.default_rng([seed, n])
         drawn = [_random_fault(n - 1, guess, rng) for _ in range(200)]
         drawn.sort(key=lambda one: np.abs(one[1].smooth(one[0]) - guess).mean())
-        population = [_map_fit(model, theta, guess) for theta, model in drawn[:12]]
+        population = [_map_fit(model, theta, guess) for theta, model in drawn[:6]]
+        drawn = [_through(beneath, observed.sources, top, n - 1, guess, rng) for _ in range(N_DRAWN)]
+        drawn = [(model.clip(theta), model) for theta, model in drawn]
+        norms = observed.residuals([model.smooth(theta) for theta, model in drawn], WINDOWS[0][0]).norm(dim=1)
+        population += [(0.0, *drawn[i]) for i in norms.argsort()[:12].tolist()]
 
         def breed(population, n=n, rng=rng):
             (theta, model), (other, other_model) = parents(population, rng)

@@ -88,7 +88,7 @@ def parents(population, rng):
 # ---------------------------------------------------------------- layers
 
 
-def _depths_beneath(observed, top, increasing):
+def depths_beneath(observed, top, increasing):
     """First interface beneath each source, as if the ground were flat there: [(cells, m/s below), …]."""
     ratios = np.array([1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0])
     below = np.clip(top * (ratios if increasing else np.concatenate([ratios, 1 / ratios])), 1500, 4500)
@@ -116,7 +116,7 @@ def _fit_controls(layers, cells, depths, smoothness=0.3):
 
 
 def _first_starts(observed, layers, top, guess, rng, n=24):
-    beneath = _depths_beneath(observed, top, layers.increasing)
+    beneath = depths_beneath(observed, top, layers.increasing)
     below = np.median([v for _, v in beneath])
     starts = [
         np.concatenate([[top, below], _fit_controls(layers, observed.sources, [d for d, _ in beneath])])
