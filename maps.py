@@ -20,7 +20,8 @@ JITTER = 1.0  # cells: how far a layer's thickness strays from its map's
 N_FINE = 2 * N_CELLS  # faults of version A are made on half cells
 THROW = (10, 20)  # half cells, whole ones: real throws are 5, 5.5, ... 10 cells
 LEAN = math.radians(6)  # real faulted maps are sheared so: depths shrink by cos 6°, verticals lean
-MIXED = 24  # half cells beside a fault where the first layer, slid down, is averaged with what it covers
+MIXED = 25  # half cells beside a fault where the first layer, slid down, shows half of what it covers
+RIPPLE = 5.0  # m/s: how far below the lowest velocity the spline's ripples stay
 
 
 def _spline_matrix():
@@ -159,12 +160,11 @@ def slip_soft(field, first, dip, dz, x_fault):
     inside = (x - dz * slope >= 0) & (x - dz * slope < N_FINE) & (z - dz >= 0) & (z - dz < N_FINE)
     moved = np.where(inside & (whole < 0.9), field, moved)
     result = _lean(np.where(block, moved, field))
-    # less a hair, lest rounding decide
-    result = np.where(result < np.maximum(first[0], 0.6 * field) - 1e-6, field, result)
+    result = np.where(result < np.maximum(first[0], 0.6 * field) - RIPPLE, field, result)
     across = X_SHEARED - x_fault - slope * (Z_SHEARED - N_CELLS)
     if dz > 0:
         mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field - 1e-6)
-        result = np.where(mixed, (result + field) / 2, result)
+        result = np.where(mixed, np.maximum(result, (first[0] + first[1]) / 2), result)
     return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
 
 
