@@ -9,11 +9,14 @@ from gauss_newton import gauss_newton
 from layers import Fault
 from maps import N_CELLS, THROW
 from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
+from utils import V_MAX, V_MIN
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
 FOUND = 0.01  # norm of residuals at which no other start is tried: the generator's seams leave as much
+UNLIKE = 0.05  # above which a map is too wrong for its seam to be settled
+SEAM, LEFT = 50.0, 0.3  # m/s: deviation of the seam's cells; share of the residuals' norm that is to be left
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below FOUND
 
 
@@ -155,12 +158,37 @@ def _rescan(observed, theta, model, n_samples):
     return theta, norm
 
 
+def _settle(observed, theta, model, norm):
+    """Fit the velocities, and cell by cell the seam, which the generator does not give as it is: (norm, map).
+
+    Twice, the second time with whole velocities: what the seam leaves unexplained would bend them.
+    """
+    best, n, seam = (norm, model.sharp(theta)), model.n + 1, model.seam(theta)
+    for n_free in (n, 0):
+        base, smooth = model.sharp(theta), model.smooth(theta)
+        tilts = [(model.smooth(theta + 4 * one) - smooth) / 4 for one in np.eye(len(theta))[:n_free]]
+        tilts = np.array(tilts).reshape(n_free, base.size)
+
+        def made(u, base=base, tilts=tilts, n_free=n_free):
+            vel = base.ravel() + u[:n_free] @ tilts
+            vel[seam] += u[n_free:]
+            return vel.reshape(base.shape).clip(V_MIN, V_MAX)
+
+        deviation = np.concatenate([np.full(n_free, 30.0), np.full(len(seam), SEAM)])
+        prior = (LEFT * norm) ** 2 / len(deviation) / deviation**2
+        fitted = np.zeros(len(deviation)), 2 * deviation, 1000, 1, lambda u: u
+        u, fitted_norm = gauss_newton(observed, made, *fitted, prior=prior)
+        best = min(best, (fitted_norm, made(u)), key=lambda one: one[0])
+        theta = np.concatenate([np.rint(np.rint(theta[:n_free]) + u[:n_free]), theta[n_free:]])
+    return best
+
+
 def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals).
 
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
     """
-    best, top = (math.inf, None), top_velocity(observed)
+    best, top = (math.inf,), top_velocity(observed)
     beneath = depths_beneath(observed, top, increasing=True)
     for seed, n in itertools.product(range(n_starts), n_layers):
         rng = np.random.default_rng([seed, n])
@@ -198,9 +226,13 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
                 theta, norm = _rescan(observed, theta, model, n_samples)
                 observed.note(n_samples, model.sharp(theta))
             if norm < best[0]:
-                best = norm, model.sharp(theta)
+                best = norm, theta, model
             if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
                 break
         if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
             break
-    return best[1], best[0]
+    norm, theta, model = best
+    if norm > UNLIKE + 1.1 * observed.floor(1000):
+        return model.sharp(theta), norm
+    norm, vel = _settle(observed, theta, model, norm)
+    return vel, norm

@@ -48,7 +48,7 @@ def steps_figure(path, title, steps, truth, n_most=12):
         return
     chosen = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(n_most, len(steps)))]
     panels = [
-        (what if truth is None else f"{what}, MAE {np.abs(vel - truth).mean():.1f}", vel)
+        (what if truth is None else f"{what}\nMAE {np.abs(vel - truth).mean():.2f} m/s", vel)
         for what, vel in chosen
     ] + ([] if truth is None else [("truth", truth)])
     n_columns = min(5, len(panels))

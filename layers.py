@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from maps import N_CELLS, N_FINE, SPLINE, THROW, slip_soft
+from maps import N_CELLS, N_FINE, SPLINE, THROW, across_fault, slip_soft
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -123,6 +123,12 @@ class Fault:
         """Velocities, depths and throw whole, as they were drawn."""
         n = self.n + 1
         return self._map(np.rint(theta[:n]), np.rint(theta[n:-3]), *theta[-3:-1], int(np.rint(theta[-1])))
+
+    def seam(self, theta, reach=3):
+        """The cells within `reach` half cells of the fault, across: their numbers in the flat map."""
+        near = np.abs(across_fault(np.radians(theta[-2]), theta[-3])) < reach
+        near = near.reshape(N_CELLS, 2, N_CELLS, 2).any((1, 3))
+        return np.flatnonzero(near[:, ::-1] if self.mirrored else near)
 
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1

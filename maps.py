@@ -146,6 +146,11 @@ def _slip_soft(rng, field, first):
     return result if rng.random() < 0.5 else result[:, ::-1]
 
 
+def across_fault(dip, x_fault):
+    """How far each half cell of a finished map lies across a fault of `slip_soft`, (140, 140) half cells."""
+    return X_SHEARED - x_fault + (Z_SHEARED - N_CELLS) / math.tan(dip)
+
+
 def slip_soft(field, first, dip, dz, x_fault):
     """The fault itself: dip in radians, throw dz in whole half cells, x_fault in half cells at mid-depth.
 
@@ -161,8 +166,8 @@ def slip_soft(field, first, dip, dz, x_fault):
     moved = np.where(inside & (whole < 0.9), field, moved)
     result = _lean(np.where(block, moved, field))
     result = np.where(result < np.maximum(first[0], 0.6 * field) - RIPPLE, field, result)
-    across = X_SHEARED - x_fault - slope * (Z_SHEARED - N_CELLS)
     if dz > 0:
+        across = across_fault(dip, x_fault)
         mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field - 1e-6)
         result = np.where(mixed, np.maximum(result, (first[0] + first[1]) / 2), result)
     return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
