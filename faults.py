@@ -187,6 +187,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals).
 
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
+    May take a third more than the time `observed` has.
     """
     best, top = (math.inf,), top_velocity(observed)
     beneath = depths_beneath(observed, top, increasing=True)
@@ -234,5 +235,6 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     norm, theta, model = best
     if norm > UNLIKE + 1.1 * observed.floor(1000):
         return model.sharp(theta), norm
+    observed.deadline += 20 * observed.minutes  # a third more, to settle what was found at the last moment
     norm, vel = _settle(observed, theta, model, norm)
     return vel, norm
