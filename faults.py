@@ -65,11 +65,12 @@ def _through(beneath, sources, top, n, guess, rng):
     """
     theta, model = _random_fault(n, guess, rng)
     depths, below = np.array(beneath).T
-    steps = [(k, np.median(depths[:k]), np.median(depths[k:])) for k in range(1, len(depths))]
-    steps = [step for step in steps if 4 < abs(step[1] - step[2]) < 12]
+    sides = [(depths[:k], depths[k:]) for k in range(1, len(depths))]
+    strays = [sum(np.abs(side - np.median(side)).sum() for side in pair) for pair in sides]
+    k = int(np.argmin(strays)) + 1
+    left, right = (np.median(side) for side in sides[k - 1])
     base = np.median(depths)
-    if steps:
-        k, left, right = steps[rng.integers(len(steps))]
+    if 4 < abs(left - right) < 12:
         base, moved = (right, left) if model.mirrored else (left, right)
         theta[-1] = np.rint(2 * (moved - base))
         x = 2 * rng.uniform(sources[k - 1], sources[k])  # where the fault cuts the interface, half cells

@@ -12,7 +12,7 @@ import bench
 import synth
 from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
-from faults import _descend, _rescan
+from faults import _descend, _rescan, _settle, _through
 from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import invert, invert_one
 from layers import Fault, Layers, paint, shade
@@ -200,6 +200,32 @@ def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak
         assert norm < 1e-4 and (found == FLAT).all()
     else:
         assert norm > 0.05 and np.abs(found - FLAT).mean() > 10
+
+
+def test_a_seam_unlike_the_generators_does_not_bend_the_velocities():
+    model, theta = Fault(2, mirrored=True), np.array([1800.0, 2600, 3500, 20, 38, 70, 80, 14])
+    true, seam = model.sharp(theta), model.seam(theta)
+    true.ravel()[seam] -= 0.03 * true.ravel()[seam] * np.random.default_rng(0).random(len(seam))
+    observed = Observed(gather(true, (0, 34)), (0, 34))
+    bent = theta + np.array([0, 4, -7, 0, 0, 0, 0, 0])
+    start = float(observed.residuals([model.sharp(bent)], 1000)[0].norm())
+    norm, vel = _settle(observed, bent, model, start)
+    assert norm < 0.3 * start
+    far = np.setdiff1d(np.arange(4900), seam)
+    assert np.median(np.abs(vel - true).ravel()[far]) == 0  # velocities are whole, and right
+    assert bent[1] == 2604  # not changed in place
+
+
+def test_faults_are_drawn_through_what_is_seen_beneath_the_sources():
+    sources = wave.SOURCES
+    beneath = [(20.0, 2600.0), (20.0, 2600.0), (13.0, 2700.0), (13.0, 2600.0), (13.0, 2600.0)]
+    guess, right = np.repeat(np.linspace(1800, 4000, 70)[:, None], 70, 1), []
+    for seed in range(20):
+        theta, model = _through(beneath, sources, 1800.0, 3, guess, np.random.default_rng(seed))
+        depths = (model.sharp(model.clip(theta)) > 2500).argmax(0)[list(sources)]
+        assert theta[0] == 1800 and abs(theta[-1]) == 14
+        right.append(np.abs(depths[1:4] - [20, 13, 13]).max() <= 1)  # far from the fault the old may stay
+    assert np.mean(right) > 0.7
 
 
 def test_the_recognised_flat_gather_becomes_its_map():
