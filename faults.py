@@ -165,7 +165,7 @@ def _settle(observed, theta, model, norm):
     Twice, the second time with whole velocities: what the seam leaves unexplained would bend them.
     """
     best, n, seam = (norm, model.sharp(theta)), model.n + 1, model.seam(theta)
-    for n_free in (n, 0):
+    for n_free, n_steps in ((n, 2), (0, 1)):
         base, smooth = model.sharp(theta), model.smooth(theta)
         tilts = [(model.smooth(theta + 4 * one) - smooth) / 4 for one in np.eye(len(theta))[:n_free]]
         tilts = np.array(tilts).reshape(n_free, base.size)
@@ -177,7 +177,7 @@ def _settle(observed, theta, model, norm):
 
         deviation = np.concatenate([np.full(n_free, 30.0), np.full(len(seam), SEAM)])
         prior = (LEFT * norm) ** 2 / len(deviation) / deviation**2
-        fitted = np.zeros(len(deviation)), 2 * deviation, 1000, 1, lambda u: u
+        fitted = np.zeros(len(deviation)), 2 * deviation, 1000, n_steps, lambda u: u
         u, fitted_norm = gauss_newton(observed, made, *fitted, prior=prior)
         best = min(best, (fitted_norm, made(u)), key=lambda one: one[0])
         theta = np.concatenate([np.rint(np.rint(theta[:n_free]) + u[:n_free]), theta[n_free:]])

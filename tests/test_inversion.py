@@ -205,14 +205,14 @@ def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak
 def test_a_seam_unlike_the_generators_does_not_bend_the_velocities():
     model, theta = Fault(2, mirrored=True), np.array([1800.0, 2600, 3500, 20, 38, 70, 80, 14])
     true, seam = model.sharp(theta), model.seam(theta)
-    true.ravel()[seam] -= 0.03 * true.ravel()[seam] * np.random.default_rng(0).random(len(seam))
-    observed = Observed(gather(true, (0, 34)), (0, 34))
+    true.ravel()[seam] -= 0.01 * true.ravel()[seam] * np.random.default_rng(0).random(len(seam))
+    observed = Observed(gather(true, (34,)), (34,))
     bent = theta + np.array([0, 4, -7, 0, 0, 0, 0, 0])
     start = float(observed.residuals([model.sharp(bent)], 1000)[0].norm())
     norm, vel = _settle(observed, bent, model, start)
     assert norm < 0.3 * start
     far = np.setdiff1d(np.arange(4900), seam)
-    assert np.median(np.abs(vel - true).ravel()[far]) == 0  # velocities are whole, and right
+    assert (vel == true).ravel()[far].all()  # velocities are whole, and right
     assert bent[1] == 2604  # not changed in place
 
 
