@@ -191,6 +191,9 @@ class Loader:
 
     def __init__(self, dataset, batch_sampler, workers, device=None, pin=False):
         pin = pin or device is not None
+        if workers:
+            # a thread that has read wants Python's lock back at once, not after the usual 5 ms
+            sys.setswitchinterval(min(sys.getswitchinterval(), 3e-4))
         self.dataset, self.batch_sampler, self.workers, self.device = dataset, batch_sampler, workers, device
         # torch, too, uses pinned memory again, when the copies from it have ended
         self.memory = (
