@@ -83,6 +83,7 @@ def loader_of(items, workers, batch_size):
 
 
 def bench_data(args):
+    """Print how fast the loader reads, beside bare reading of the same files; with --soak its memory."""
     keep_memory()
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         write_files(root, args.files, args.samples, args.dtype)

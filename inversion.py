@@ -21,11 +21,8 @@ from waveform import is_flat, log_misfit, misfit, simulated
 
 FLAT = 1e-4  # relative difference of mirror images, above the noise, of gathers above flat layers
 EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
-STYLE_A = {
-    "deviation": 183.0,
-    "length": 3.5,
-    "nugget": 20.0,
-}  # its Gaussian process; Style_B's is the default
+# Style_A's Gaussian process; `Modes` has Style_B's by default
+STYLE_A = {"deviation": 183.0, "length": 3.5, "nugget": 20.0}
 
 
 def _varies(observed):
