@@ -31,9 +31,9 @@ from utils import (
     pyplot,
     read_lines,
     run_program,
+    save_figure,
     seed_all,
     ssim,
-    write_atomic,
 )
 from watch import BadSteps, Log
 
@@ -215,9 +215,7 @@ def draw(path, records):
     right.set_yticks(range(len(options)), [name for name, _ in options], fontsize=8)
     right.set(xlabel="MAE (m/s)", title="options of ours, each seed")
     right.grid(axis="x")
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def main(argv):

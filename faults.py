@@ -190,7 +190,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
     May take a third more than the time `observed` has.
     """
-    best, top = (math.inf,), top_velocity(observed)
+    best, top, floor = (math.inf,), top_velocity(observed), 1.1 * observed.floor(1000)
     beneath = depths_beneath(observed, top, increasing=True)
     for seed, n in itertools.product(range(n_starts), n_layers):
         rng = np.random.default_rng([seed, n])
@@ -229,12 +229,12 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
                 observed.note(n_samples, model.sharp(theta))
             if norm < best[0]:
                 best = norm, theta, model
-            if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
+            if best[0] < FOUND + floor or observed.late:
                 break
-        if best[0] < FOUND + 1.1 * observed.floor(1000) or observed.late:
+        if best[0] < FOUND + floor or observed.late:
             break
     norm, theta, model = best
-    if norm > UNLIKE + 1.1 * observed.floor(1000):
+    if norm > UNLIKE + floor:
         return model.sharp(theta), norm
     observed.deadline += 20 * observed.minutes  # a third more, to settle what was found at the last moment
     norm, vel = _settle(observed, theta, model, norm)

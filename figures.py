@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils import draw_map, pyplot, write_atomic
+from utils import draw_map, pyplot, save_figure
 
 
 def _draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
@@ -36,9 +36,7 @@ def quality_figure(path, rows):
             draw_map(fig, ax[3], heading, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
         _draw_gather(ax[4], "simulated from prediction", simulated, limits)
         _draw_gather(ax[5], "residual", shot - simulated, limits)
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def steps_figure(path, title, steps, truth, n_most=12):
@@ -61,9 +59,7 @@ def steps_figure(path, title, steps, truth, n_most=12):
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     fig.suptitle(title)
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def calibration_figure(path, misfits, errors, families, correlation):
@@ -78,6 +74,4 @@ def calibration_figure(path, misfits, errors, families, correlation):
     ax.set(xlabel="misfit", ylabel="MAE (m/s)")
     ax.set_title(f"{len(misfits)} predictions, rank correlation {correlation:.2f}")
     ax.legend()
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)

@@ -378,6 +378,13 @@ def pyplot():
     return plt
 
 
+def save_figure(fig, path):
+    """Write a figure as .png, whole or not at all, and close it."""
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    pyplot().close(fig)
+
+
 def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
     """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
     if values is None:
@@ -414,6 +421,4 @@ def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
             draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
         else:
             ax[3].axis("off")
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)
