@@ -7,16 +7,13 @@ import numpy as np
 
 from gauss_newton import gauss_newton
 from layers import Fault
-from maps import N_CELLS, THROW
+from maps import FAULT_ENDS, N_FINE, THROW, fault_line
 from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
-from utils import V_MAX, V_MIN
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.01  # norm of residuals at which no other start is tried: the generator's seams leave as much
-UNLIKE = 0.05  # above which a map is too wrong for its seam to be settled
-SEAM, LEFT = 50.0, 0.3  # m/s: deviation of the seam's cells; share of the residuals' norm that is to be left
+FOUND = 0.01  # norm of residuals at which no other start is tried
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below FOUND
 
 
@@ -48,14 +45,23 @@ def _random_fault(n, guess, rng):
     """A fault as the generator draws it, its velocities the guess's medians: (theta, Fault)."""
     model = Fault(n, bool(rng.integers(2)))
     thickness = rng.permutation(np.full(n + 1, 60 / (n + 1))) + 10 * rng.dirichlet(np.ones(n + 1))
-    dip = np.clip(rng.normal(53, 25), 15, 115)
     throw = rng.choice([-1, 1]) * rng.integers(THROW[0], THROW[1] + 1)
     velocities = np.linspace(1500, 4500, n + 1)
-    theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [rng.uniform(5, 130), dip, throw]])
+    theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [*rng.integers(*FAULT_ENDS, 2), throw]])
     layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
     medians = [np.median(guess[layer == k]) if (layer == k).any() else velocities[k] for k in range(n + 1)]
     theta[: n + 1] = np.maximum.accumulate(medians)
     return theta, model
+
+
+def _aim(x, z, rng):
+    """The start and end of a fault through column x of row z, half cells."""
+    last, end = N_FINE - 1, int(rng.integers(*FAULT_ENDS))
+    x, z = np.clip(x, 1, last - 1), np.clip(z, 1, last - 1)
+    bottom, left = last - min(end, last), last - max(end - last, 0)
+    across = (x - bottom) / max(left - z, 1)
+    top = x + across * z
+    return (top if top <= last else last + (top - last) / across), end
 
 
 def _through(beneath, sources, top, n, guess, rng):
@@ -74,8 +80,7 @@ def _through(beneath, sources, top, n, guess, rng):
         base, moved = (right, left) if model.mirrored else (left, right)
         theta[-1] = np.rint(2 * (moved - base))
         x = 2 * rng.uniform(sources[k - 1], sources[k])  # where the fault cuts the interface, half cells
-        x = 139 - x if model.mirrored else x
-        theta[-3] = x + (2 * base - N_CELLS) / np.tan(np.radians(theta[-2]))
+        theta[-3:-1] = _aim(N_FINE - 1 - x if model.mirrored else x, 2 * base, rng)
     seen = int(rng.integers(2)) if base > 16 and n > 1 else 0  # one above may be too faint to be seen
     theta[n + 1 : -3] += base - theta[n + 1 + seen]
     theta[0], theta[seen + 1] = top, np.median(below)
@@ -88,7 +93,7 @@ def _through(beneath, sources, top, n, guess, rng):
 def _refine(observed, theta, model, norm, n_samples):
     """Coordinate search on the sharp map, whose throw is whole half cells, between Gauss-Newton steps."""
     n = model.n + 1
-    moves = {len(theta) - 1: (-1, 1), len(theta) - 3: (-1, -0.4, 0.4, 1), len(theta) - 2: (-2, -0.5, 0.5, 2)}
+    moves = {len(theta) - 1: (-1, 1), len(theta) - 3: (-3, -1, 1, 3), len(theta) - 2: (-3, -1, 1, 3)}
     moves |= dict.fromkeys(range(n, len(theta) - 3), (-1, 1))
     moves |= dict.fromkeys(range(n), (-8, -3, -1, 1, 3, 8))
     for _ in range(8):
@@ -120,9 +125,9 @@ def _blocks(theta, n):
         below = theta[n + k + 1] if k < n - 2 else 71.0
         velocities = theta[k] + np.array([5.0, *CONTRASTS])
         blocks.append(((n + k, k + 1), (np.arange(above + 2, below - 1, 2), velocities[velocities < 4500])))
-    x, dip = theta[-3:-1]
-    blocks.append(((-3, -2), (x + np.arange(-24, 25, 4), dip + np.arange(-20, 21, 5))))
-    blocks.append(((-1, -3), (np.append(throws, -throws), x + np.array([-8, -4, 0, 4, 8]))))
+    start, end = theta[-3:-1]
+    blocks.append(((-3, -2), (start + np.arange(-30, 31, 6), end + np.arange(-30, 31, 6))))
+    blocks.append(((-1, -3), (np.append(throws, -throws), start + np.array([-8, -4, 0, 4, 8]))))
     blocks = [(pair, np.stack(np.meshgrid(*values), -1).reshape(-1, 2)) for pair, values in blocks]
     return [block for block in blocks if len(block[1])]  # between close interfaces there is no room
 
@@ -159,36 +164,30 @@ def _rescan(observed, theta, model, n_samples):
     return theta, norm
 
 
-def _settle(observed, theta, model, norm):
-    """Fit the velocities, and cell by cell the seam, which the generator does not give as it is: (norm, map).
-
-    Twice, the second time with whole velocities: what the seam leaves unexplained would bend them.
-    """
-    best, n, seam = (norm, model.sharp(theta)), model.n + 1, model.seam(theta)
-    for n_free, n_steps in ((n, 2), (0, 1)):
-        base, smooth = model.sharp(theta), model.smooth(theta)
-        tilts = [(model.smooth(theta + 4 * one) - smooth) / 4 for one in np.eye(len(theta))[:n_free]]
-        tilts = np.array(tilts).reshape(n_free, base.size)
-
-        def made(u, base=base, tilts=tilts, n_free=n_free):
-            vel = base.ravel() + u[:n_free] @ tilts
-            vel[seam] += u[n_free:]
-            return vel.reshape(base.shape).clip(V_MIN, V_MAX)
-
-        deviation = np.concatenate([np.full(n_free, 30.0), np.full(len(seam), SEAM)])
-        prior = (LEFT * norm) ** 2 / len(deviation) / deviation**2
-        fitted = np.zeros(len(deviation)), 2 * deviation, 1000, n_steps, lambda u: u
-        u, fitted_norm = gauss_newton(observed, made, *fitted, prior=prior)
-        best = min(best, (fitted_norm, made(u)), key=lambda one: one[0])
-        theta = np.concatenate([np.rint(np.rint(theta[:n_free]) + u[:n_free]), theta[n_free:]])
-    return best
+def _finish(observed, theta, model, norm):
+    """The whole unknowns nearby that fit best, the fault's start and end in pairs: (theta, norm)."""
+    unit, n = np.eye(len(theta)), model.n + 1
+    single = [step * unit[j] for j in range(n) for step in (-8, -3, -1, 1, 3, 8)]
+    single += [step * unit[j] for j in (*range(n, len(theta) - 3), -1) for step in (-1, 1)]
+    pairs = [i * unit[-3] + j * unit[-2] for i, j in itertools.product(range(-4, 5), repeat=2)]
+    theta, n_idle = np.rint(theta), 0
+    for moves in itertools.cycle((pairs, single)):
+        while not observed.late:
+            trials = [model.clip(theta + move) for move in moves]
+            norms = observed.residuals([model.sharp(t) for t in trials], 1000).norm(dim=1)
+            best = int(norms.argmin())
+            if float(norms[best]) >= 0.9999 * norm:
+                break
+            theta, norm, n_idle = trials[best], float(norms[best]), 0
+        n_idle += 1
+        if n_idle > 2 or observed.late:
+            return theta, norm
 
 
 def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
     """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals).
 
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
-    May take a third more than the time `observed` has.
     """
     best, top, floor = (math.inf,), top_velocity(observed), 1.1 * observed.floor(1000)
     beneath = depths_beneath(observed, top, increasing=True)
@@ -209,7 +208,8 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
                 theta[-3:], model = other[-3:], other_model
             elif kind < 0.5:
                 model = Fault(model.n, not model.mirrored)
-                theta[-3] = 134 - theta[-3]
+                top, across = fault_line(*theta[-3:-1])
+                theta[-3:-1] = _aim(N_FINE - 1 - top + across * N_FINE / 2, N_FINE / 2, rng)
             elif kind < 0.6:
                 theta[-1] *= -1
             elif kind < 0.75:
@@ -234,8 +234,5 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
         if best[0] < FOUND + floor or observed.late:
             break
     norm, theta, model = best
-    if norm > UNLIKE + floor:
-        return model.sharp(theta), norm
-    observed.deadline += 20 * observed.minutes  # a third more, to settle what was found at the last moment
-    norm, vel = _settle(observed, theta, model, norm)
-    return vel, norm
+    theta, norm = _finish(observed, theta, model, norm)
+    return model.sharp(theta), norm

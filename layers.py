@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from maps import N_CELLS, N_FINE, SPLINE, THROW, across_fault, slip_soft
+from maps import FAULT_ENDS, N_CELLS, N_FINE, SPLINE, THROW, slip_soft
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -92,23 +92,21 @@ class Layers:
 
 
 class Fault:
-    """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), x_fault, dip, throw).
+    """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
 
-    Depths in cells, x_fault and throw in half cells, dip in degrees: `maps.slip_soft`; `mirrored` maps are
-    reversed left to right.
+    Depths in cells; start and end on the border, and throw, in half cells: `maps.slip_soft`; `mirrored` maps
+    are reversed left to right.
     """
 
     def __init__(self, n_interfaces, mirrored):
         self.n, self.mirrored = n_interfaces, mirrored
-        self.scale = np.concatenate([np.full(self.n + 1, 100.0), np.full(self.n, 2.0), [4.0, 5.0, 2.0]])
+        self.scale = np.concatenate([np.full(self.n + 1, 100.0), np.full(self.n, 2.0), [6.0, 6.0, 2.0]])
 
-    def _map(self, velocities, depths, x_fault, dip, throw):
+    def _map(self, velocities, depths, start, end, throw):
         rows = np.arange(1, N_FINE + 1)[:, None]
         below = np.clip(rows - 2 * np.maximum.accumulate(depths), 0, 1)
         profile = velocities[0] + below @ np.diff(velocities)
-        field = slip_soft(
-            np.repeat(profile[:, None], N_FINE, 1), velocities[:2], np.radians(dip), throw, x_fault
-        )
+        field = slip_soft(np.repeat(profile[:, None], N_FINE, 1), velocities[0], start, end, throw)
         return field[:, ::-1].copy() if self.mirrored else field  # torch takes no reversed views
 
     def smooth(self, theta):
@@ -120,20 +118,14 @@ class Fault:
         return field if share < 1e-6 else (1 - share) * field + share * self._map(*some, low + 1)
 
     def sharp(self, theta):
-        """Velocities, depths and throw whole, as they were drawn."""
-        n = self.n + 1
-        return self._map(np.rint(theta[:n]), np.rint(theta[n:-3]), *theta[-3:-1], int(np.rint(theta[-1])))
-
-    def seam(self, theta, reach=3):
-        """The cells within `reach` half cells of the fault, across: their numbers in the flat map."""
-        near = np.abs(across_fault(np.radians(theta[-2]), theta[-3])) < reach
-        near = near.reshape(N_CELLS, 2, N_CELLS, 2).any((1, 3))
-        return np.flatnonzero(near[:, ::-1] if self.mirrored else near)
+        """All unknowns whole, as they were drawn."""
+        whole, n = np.rint(theta), self.n + 1
+        return self._map(whole[:n], whole[n:-3], *whole[-3:-1], int(whole[-1]))
 
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1
         theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
         theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
-        theta[-3:-1] = np.clip(theta[-3:-1], [-10, 5], [150, 125])
+        theta[-3:-1] = np.clip(theta[-3:-1], FAULT_ENDS[0] - 5, FAULT_ENDS[1] + 5)
         theta[-1] = np.copysign(np.clip(abs(theta[-1]), *THROW), theta[-1])
         return theta

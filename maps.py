@@ -20,8 +20,9 @@ JITTER = 1.0  # cells: how far a layer's thickness strays from its map's
 N_FINE = 2 * N_CELLS  # faults of version A are made on half cells
 THROW = (10, 20)  # half cells, whole ones: real throws are 5, 5.5, ... 10 cells
 LEAN = math.radians(6)  # real faulted maps are sheared so: depths shrink by cos 6°, verticals lean
-MIXED = 25  # half cells beside a fault where the first layer, slid down, shows half of what it covers
-RIPPLE = 5.0  # m/s: how far below the lowest velocity the spline's ripples stay
+OUTSIDE = -1500.0  # m/s, the value around real maps while they were made
+FAULT_ENDS = (N_FINE // 4, 3 * N_FINE // 2)  # where on the border a fault may start and end, half cells
+ROUNDING_ERROR = 5e-13  # m/s: below it ripples are not seen
 
 
 def _spline_matrix():
@@ -71,31 +72,33 @@ def _layered(rng, curved, increasing):
 
 
 def _lean(field):
-    """Shear half cells by LEAN about their upper left corner, bilinearly, zeros from outside."""
-    padded = np.pad(field, 1).ravel()
+    """Shear half cells by LEAN about their upper left corner, bilinearly, OUTSIDE from outside."""
+    padded = np.pad(field, 1, constant_values=OUTSIDE).ravel()
     top, bottom = (padded[at] + ACROSS * (padded[at + 1] - padded[at]) for at in SHEARED)
     return top + DOWN * (bottom - top)
 
 
 def _shear():
-    """Rows and columns (140, 140) each that a sheared map comes from; where `_lean` reads, and its shares."""
+    """Where `_lean` reads the padded field, upper and lower, and its shares down and across."""
     z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
-    z_source, x_source = (z + 0.5) / math.cos(LEAN) - 0.5, x - math.tan(LEAN) * (z + 0.5)
-    at_z, at_x = np.clip(z_source + 1, 0, N_FINE + 1), np.clip(x_source + 1, 0, N_FINE + 1)
+    at_z = np.clip(z / math.cos(LEAN) + 1, 0, N_FINE + 1)
+    at_x = np.clip(x - math.tan(LEAN) * z + 1, 0, N_FINE + 1)
     row, column = np.minimum(at_z.astype(int), N_FINE), np.minimum(at_x.astype(int), N_FINE)
     at = row * (N_FINE + 2) + column
-    return z_source, x_source, (at, at + N_FINE + 2), at_z - row, at_x - column
+    return (at, at + N_FINE + 2), at_z - row, at_x - column
 
 
-def _cubic_shift(fields, dz, dx):
-    """Move (..., Z, X) fields by dz whole rows and dx columns along a cubic spline, zeros from outside."""
-    source = np.arange(N_FINE) - dx
-    t = np.abs(source[:, None] - np.arange(N_FINE))
+def _cubic_shift(field, dz, dx, outside):
+    """Move (140, 140) by dz whole rows and dx columns along a cubic spline, `outside` from outside."""
+    source, knots = np.arange(N_FINE) - dx, np.arange(-1, N_FINE + 1)
+    t = np.abs(source[:, None] - knots)
     weight = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
-    weight[(source < 0) | (source > N_FINE - 1)] = 0
-    moved = np.zeros_like(fields)
+    weight[:, 2] += weight[:, 0]  # the spline is mirrored at both ends
+    weight[:, -3] += weight[:, -1]
+    moved = np.full_like(field, outside)
     rows, from_rows = slice(max(dz, 0), N_FINE + min(dz, 0)), slice(max(-dz, 0), N_FINE - max(dz, 0))
-    moved[..., rows, :] = (fields @ (weight @ SPLINE_INVERSE).T)[..., from_rows, :]
+    moved[rows] = (field @ (weight[:, 1:-1] @ SPLINE_INVERSE).T)[from_rows]
+    moved[:, (source < 0) | (source > N_FINE - 1)] = outside
     return moved
 
 
@@ -116,10 +119,14 @@ def _sorted(a, b, c):
 
 
 def _spline_inverse():
-    """Values to coefficients of a cubic spline with mirrored ends: (N_FINE, N_FINE)."""
-    to_values = (4 * np.eye(N_FINE) + np.eye(N_FINE, k=1) + np.eye(N_FINE, k=-1)) / 6
-    to_values[0, 1] = to_values[-1, -2] = 2 / 6
-    return np.linalg.inv(to_values)
+    """Values to coefficients of a cubic spline mirrored at its ends, exact to the faintest: (140, 140).
+
+    Unser et al. (1993): powers of the spline's pole. A numerical inverse would drown the ripples in rounding.
+    """
+    i = np.arange(N_FINE)
+    last, total, pole = N_FINE - 1, i[:, None] + i, math.sqrt(3) - 2
+    mirrored = np.where(i > 0, pole**total, 0) + np.where(i < last, pole ** (2 * last - total), 0)
+    return math.sqrt(3) * (pole ** np.abs(i[:, None] - i) + mirrored)
 
 
 def _halving_matrix():
@@ -135,41 +142,45 @@ def _halving_matrix():
 
 
 SPLINE_INVERSE, HALVING = _spline_inverse(), _halving_matrix()
-Z_SHEARED, X_SHEARED, SHEARED, DOWN, ACROSS = _shear()
+SHEARED, DOWN, ACROSS = _shear()
 
 
-def _slip_soft(rng, field, first):
-    """Version A's fault: (140, 140) half cells -> (70, 70). `first`: velocities of the upper two layers."""
-    dip = math.radians(np.clip(rng.normal(53, 25), 5, 125))
+def _slip_soft(rng, field, v_min):
+    """Version A's fault: (140, 140) half cells -> (70, 70)."""
+    start, end = rng.integers(*FAULT_ENDS, 2)
     dz = int(rng.choice([-1, 1]) * rng.integers(THROW[0], THROW[1] + 1))
-    result = slip_soft(field, first, dip, dz, rng.uniform(0, 134))
+    result = slip_soft(field, v_min, start, end, dz)
     return result if rng.random() < 0.5 else result[:, ::-1]
 
 
-def across_fault(dip, x_fault):
-    """How far each half cell of a finished map lies across a fault of `slip_soft`, (140, 140) half cells."""
-    return X_SHEARED - x_fault + (Z_SHEARED - N_CELLS) / math.tan(dip)
+def fault_line(start, end):
+    """The line of a fault from border to border: (column at the top, columns to the left for a row down).
 
-
-def slip_soft(field, first, dip, dz, x_fault):
-    """The fault itself: dip in radians, throw dz in whole half cells, x_fault in half cells at mid-depth.
-
-    The block under the fault slides along it, up or down; what would come from outside stays as it was.
-    Everything leans by six degrees; where that leaves no value, or one broken by interpolation at a cut
-    edge, the old one stays. A median of 3 x 3 cells cleans up: all this is what real maps show.
+    start: half cells along the top from its left, then down the right side; end: along the bottom from its
+    right, then up the left side.
     """
-    slope = -1 / math.tan(dip)  # columns for a row down
+    last = N_FINE - 1
+    top, right = min(start, last), max(start - last, 0)
+    bottom, left = last - min(end, last), last - max(end - last, 0)
+    across = (top - bottom) / max(left - right, 1)
+    return top + across * right, across
+
+
+def slip_soft(field, v_min, start, end, dz):
+    """The fault itself: its block goes down by dz, whole half cells, along `fault_line(start, end)`.
+
+    As real FlatFault_A maps were made, but for rounding: the block under the line slides along it, moved by a
+    cubic spline together with the OUTSIDE value around it; all leans by six degrees; what is then below the
+    lowest velocity stays as it was, so that ripples of the spline, some of 1e-12 m/s, mix old and new in every
+    other half column near the fault; then halved, and a median of 3 x 3 cells.
+    """
+    top, across = fault_line(start, end)
     z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
-    block = x - x_fault - slope * (z - N_CELLS) > 0
-    moved, whole = _cubic_shift(np.stack([np.where(block, field, 0), block]), dz, dz * slope)
-    inside = (x - dz * slope >= 0) & (x - dz * slope < N_FINE) & (z - dz >= 0) & (z - dz < N_FINE)
-    moved = np.where(inside & (whole < 0.9), field, moved)
-    result = _lean(np.where(block, moved, field))
-    result = np.where(result < np.maximum(first[0], 0.6 * field) - RIPPLE, field, result)
-    if dz > 0:
-        across = across_fault(dip, x_fault)
-        mixed = (across >= 0) & (across < MIXED) & (field == first[1]) & (result < field - 1e-6)
-        result = np.where(mixed, np.maximum(result, (first[0] + first[1]) / 2), result)
+    block = x - 1 > top - across * z
+    # relative to the lowest velocity, the ripples in it are exact
+    moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
+    result = _lean(np.where(block, v_min + moved, field))
+    result = np.where(result < v_min - ROUNDING_ERROR, field, result)
     return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
 
 
@@ -204,7 +215,7 @@ def _faulted(rng, curved, version, layers):
         n_slow = (n + rng.integers(0, 2)) // 2  # of three layers, one or two
         slow, fast = rng.integers(1500, 3001, n_slow), rng.integers(3000, 4501, n - n_slow)
         velocities = np.sort(np.append(slow, fast))
-        return _slip_soft(rng, _fill(rows, velocities, N_FINE), velocities[:2])
+        return _slip_soft(rng, _fill(rows, velocities, N_FINE), velocities[0])
     field = _fill(rows, rng.integers(V_MIN, V_MAX + 1, n))
     for _ in range(rng.integers(2, 4)):
         field = _slip_sharp(rng, field)

@@ -17,6 +17,7 @@ from conftest import ROOT
 import maps
 import realism
 import synth
+from faults import _map_fit, _random_fault
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
@@ -222,6 +223,36 @@ def test_undisturbed_fault_interfaces_have_the_real_profile(shared_data):
     blurred = real.copy()
     blurred[:, 1:-1] += 0.05 * (real[:, :-2] - 2 * real[:, 1:-1] + real[:, 2:])
     assert (np.abs(heights(blurred) - 0.0535) < 0.001).mean() < 0.05
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("index", [130, 252, 425])
+def test_real_flat_faults_are_made_again_to_a_few_cells(shared_data, index):
+    """A real map's unknowns, sought without any simulation, make it again: all its edges, seams and dots."""
+    with np.load(shared_data / "maps" / "FlatFault_A.npz") as file:
+        real = file["model11"][index, 0].astype(float)
+    rng = np.random.default_rng(0)
+    drawn = [_random_fault(3, real, rng) for _ in range(300)]
+    drawn.sort(key=lambda one: np.abs(one[1].smooth(one[0]) - real).mean())
+    _, theta, model = min((_map_fit(m, t, real, 12) for t, m in drawn[:12]), key=lambda one: one[0])
+
+    def error(theta):
+        return np.abs(model.sharp(model.clip(theta)) - real).mean()
+
+    values, counts = np.unique(real, return_counts=True)
+    theta = np.rint(theta)
+    theta[:4] = np.sort(values[np.argsort(counts)[-4:]])
+    unit = np.eye(10)
+    moves = [a * unit[7] + b * unit[j] for j in (8, 9) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+    moves += [s * unit[j] for j in (4, 5, 6) for s in (-1, 1)]
+    for reach in (8, 4, 2, 1, 4, 2, 1):
+        for _ in range(10):
+            best = min((theta + reach * move for move in moves), key=error)
+            if error(best) >= error(theta):
+                break
+            theta = best
+    assert error(theta) < 0.05, theta
+    assert error(theta + unit[7]) > 0.2  # a fault that starts half a cell elsewhere
 
 
 @pytest.mark.parametrize("curved", [False, True])
