@@ -169,14 +169,15 @@ def fault_line(start, end):
 def slip_soft(field, v_min, start, end, dz):
     """The fault itself: its block goes down by dz, whole half cells, along `fault_line(start, end)`.
 
-    As real FlatFault_A maps were made, but for rounding: the block under the line slides along it, moved by a
-    cubic spline together with the OUTSIDE value around it; all leans by six degrees; what is then below the
-    lowest velocity stays as it was, so that ripples of the spline, some of 1e-12 m/s, mix old and new in every
-    other half column near the fault; then halved, and a median of 3 x 3 cells.
+    As real FlatFault_A maps were made, but for rounding. The block under the line slides along it, moved by a
+    cubic spline together with the OUTSIDE value around it. All leans by six degrees. What is then below the
+    lowest velocity stays as it was: ripples of the spline, some of 1e-12 m/s, so mix old and new in every
+    other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells.
     """
     top, across = fault_line(start, end)
     z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
-    block = x - 1 > top - across * z
+    line = top - across * z
+    block = (x - 1 > line) | (line <= 0)
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     result = _lean(np.where(block, v_min + moved, field))
