@@ -13,8 +13,10 @@ from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.01  # norm of residuals at which no other start is tried
-FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below FOUND
+FOUND = 0.003  # norm of residuals at which no other start is tried: rounding in real maps may leave as much
+NEAR = 0.01  # at which the fault itself is not tried anew
+UNLIKE = 0.05  # above which a map is too wrong to be finished
+FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 
 
 def _map_fit(model, theta, guess, n_steps=8):
@@ -134,13 +136,13 @@ def _blocks(theta, n):
 
 def _rescan(observed, theta, model, n_samples):
     """Pairs of unknowns tried anew over their whole range, in turn, until none helps: out of local minima."""
-    enough = (FOUND if n_samples < 1000 else FAINT) + 1.1 * observed.floor(n_samples)
+    enough = (NEAR if n_samples < 1000 else FAINT) + 1.1 * observed.floor(n_samples)
     norm = float(observed.residuals([model.sharp(theta)], n_samples)[0].norm())
     theta, norm = _refine(observed, theta, model, norm, n_samples)
     n_idle, number = 0, 0
     while norm > enough and not observed.late:
         blocks = _blocks(theta, model.n + 1)
-        if norm < FOUND:  # the fault is found
+        if norm < NEAR:  # the fault is found
             blocks = blocks[:-2]
         if n_idle == len(blocks):
             break
@@ -227,12 +229,12 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
             for n_samples in LATER:
                 theta, norm = _rescan(observed, theta, model, n_samples)
                 observed.note(n_samples, model.sharp(theta))
+            if norm < UNLIKE + floor:
+                theta, norm = _finish(observed, theta, model, norm)
             if norm < best[0]:
-                best = norm, theta, model
+                best = norm, model.sharp(theta)
             if best[0] < FOUND + floor or observed.late:
                 break
         if best[0] < FOUND + floor or observed.late:
             break
-    norm, theta, model = best
-    theta, norm = _finish(observed, theta, model, norm)
-    return model.sharp(theta), norm
+    return best[1], best[0]
