@@ -7,7 +7,7 @@ import numpy as np
 
 from gauss_newton import gauss_newton
 from layers import Fault
-from maps import FAULT_ENDS, N_FINE, THROW, fault_line
+from maps import FAULT_ENDS, N_FINE, THROW, border_point, fault_line
 from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
@@ -60,8 +60,8 @@ def _aim(x, z, rng):
     """The start and end of a fault through column x of row z, half cells."""
     last, end = N_FINE - 1, int(rng.integers(*FAULT_ENDS))
     x, z = np.clip(x, 1, last - 1), np.clip(z, 1, last - 1)
-    bottom, left = last - min(end, last), last - max(end - last, 0)
-    across = (x - bottom) / max(left - z, 1)
+    bottom, left = border_point(end)
+    across = (x - last + bottom) / max(last - left - z, 1)
     top = x + across * z
     return (top if top <= last else last + (top - last) / across), end
 

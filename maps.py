@@ -153,15 +153,18 @@ def _slip_soft(rng, field, v_min):
     return result if rng.random() < 0.5 else result[:, ::-1]
 
 
+def border_point(along):
+    """Column and row of the point so many half cells along the top, then down the right side."""
+    return min(along, N_FINE - 1), max(along - N_FINE + 1, 0)
+
+
 def fault_line(start, end):
     """The line of a fault from border to border: (column at the top, columns to the left for a row down).
 
-    start: half cells along the top from its left, then down the right side; end: along the bottom from its
-    right, then up the left side.
+    start: a `border_point`; end: one of the map turned by 180 degrees, along the bottom, then up the left.
     """
-    last = N_FINE - 1
-    top, right = min(start, last), max(start - last, 0)
-    bottom, left = last - min(end, last), last - max(end - last, 0)
+    (top, right), (bottom, left) = border_point(start), border_point(end)
+    bottom, left = N_FINE - 1 - bottom, N_FINE - 1 - left
     across = (top - bottom) / max(left - right, 1)
     return top + across * right, across
 
