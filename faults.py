@@ -13,7 +13,7 @@ from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.003  # norm of residuals at which no other start is tried: rounding in real maps may leave as much
+FOUND = 0.003  # norm of residuals at which no other start is tried
 NEAR = 0.01  # at which the fault itself is not tried anew
 UNLIKE = 0.05  # above which a map is too wrong to be finished
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
@@ -92,20 +92,25 @@ def _through(beneath, sources, top, n, guess, rng):
     return theta, model
 
 
+def _norms(observed, model, thetas, n_samples):
+    """Norms of the residuals of sharp maps: (N,)."""
+    return observed.residuals([model.sharp(t) for t in thetas], n_samples).norm(dim=1)
+
+
+def _steps(model):
+    """Small steps of one unknown each, the fault's start and end left out: a list of (P,)."""
+    unit, n = np.eye(len(model.scale)), model.n + 1
+    steps = [step * unit[j] for j in range(n) for step in (-8, -3, -1, 1, 3, 8)]
+    return steps + [step * unit[j] for j in (*range(n, len(unit) - 3), -1) for step in (-1, 1)]
+
+
 def _refine(observed, theta, model, norm, n_samples):
     """Coordinate search on the sharp map, whose throw is whole half cells, between Gauss-Newton steps."""
-    n = model.n + 1
-    moves = {len(theta) - 1: (-1, 1), len(theta) - 3: (-3, -1, 1, 3), len(theta) - 2: (-3, -1, 1, 3)}
-    moves |= dict.fromkeys(range(n, len(theta) - 3), (-1, 1))
-    moves |= dict.fromkeys(range(n), (-8, -3, -1, 1, 3, 8))
+    unit = np.eye(len(theta))
+    moves = _steps(model) + [step * unit[j] for j in (-3, -2) for step in (-3, -1, 1, 3)]
     for _ in range(8):
-        trials = []
-        for j, steps in moves.items():
-            for step in steps:
-                trial = theta.copy()
-                trial[j] += step
-                trials.append(model.clip(trial))
-        norms = observed.residuals([model.sharp(t) for t in trials], n_samples).norm(dim=1)
+        trials = [model.clip(theta + move) for move in moves]
+        norms = _norms(observed, model, trials, n_samples)
         best = int(norms.argmin())
         if float(norms[best]) >= 0.999 * norm or observed.late:
             break
@@ -137,7 +142,7 @@ def _blocks(theta, n):
 def _rescan(observed, theta, model, n_samples):
     """Pairs of unknowns tried anew over their whole range, in turn, until none helps: out of local minima."""
     enough = (NEAR if n_samples < 1000 else FAINT) + 1.1 * observed.floor(n_samples)
-    norm = float(observed.residuals([model.sharp(theta)], n_samples)[0].norm())
+    norm = float(_norms(observed, model, [theta], n_samples))
     theta, norm = _refine(observed, theta, model, norm, n_samples)
     n_idle, number = 0, 0
     while norm > enough and not observed.late:
@@ -152,7 +157,7 @@ def _rescan(observed, theta, model, n_samples):
             trials.append(theta.copy())
             trials[-1][list(pair)] = value
         trials = [model.clip(t) for t in trials]
-        norms = observed.residuals([model.sharp(t) for t in trials], n_samples).norm(dim=1)
+        norms = _norms(observed, model, trials, n_samples)
         before = norm
         for i in np.argsort(norms.cpu().numpy())[:3]:
             fitted, fitted_norm = _descend(observed, trials[i], model, n_samples, 4)
@@ -168,21 +173,19 @@ def _rescan(observed, theta, model, n_samples):
 
 def _finish(observed, theta, model, norm):
     """The whole unknowns nearby that fit best, the fault's start and end in pairs: (theta, norm)."""
-    unit, n = np.eye(len(theta)), model.n + 1
-    single = [step * unit[j] for j in range(n) for step in (-8, -3, -1, 1, 3, 8)]
-    single += [step * unit[j] for j in (*range(n, len(theta) - 3), -1) for step in (-1, 1)]
-    pairs = [i * unit[-3] + j * unit[-2] for i, j in itertools.product(range(-4, 5), repeat=2)]
+    start, end = np.eye(len(theta))[-3:-1]
+    pairs = [i * start + j * end for i, j in itertools.product(range(-4, 5), repeat=2)]
     theta, n_idle = np.rint(theta), 0
-    for moves in itertools.cycle((pairs, single)):
+    for moves in itertools.cycle((pairs, _steps(model))):
         while not observed.late:
             trials = [model.clip(theta + move) for move in moves]
-            norms = observed.residuals([model.sharp(t) for t in trials], 1000).norm(dim=1)
+            norms = _norms(observed, model, trials, 1000)
             best = int(norms.argmin())
             if float(norms[best]) >= 0.9999 * norm:
                 break
             theta, norm, n_idle = trials[best], float(norms[best]), 0
         n_idle += 1
-        if n_idle > 2 or observed.late:
+        if n_idle == 2 or observed.late:  # neither kind helps
             return theta, norm
 
 

@@ -30,7 +30,7 @@ class Observed:
     def __init__(self, seis, sources=wave.SOURCES, minutes=math.inf):
         self.seis, self.sources = seis.float(), tuple(sources)
         self.simulations, self.steps = 0.0, []  # simulations of 5 shots and 1000 samples
-        self.minutes, self.deadline = minutes, time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + 60 * minutes
         self.noise = self._noise()
 
     @property

@@ -178,9 +178,9 @@ def slip_soft(field, v_min, start, end, dz):
     other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells.
     """
     top, across = fault_line(start, end)
-    z, x = np.mgrid[:N_FINE, :N_FINE].astype(np.float64)
-    line = top - across * z
-    block = (x - 1 > line) | (line <= 0)
+    x = np.arange(N_FINE)
+    line = top - across * x[:, None]
+    block = (x - 1 > line) | (line <= 0)  # rows below the line's end wholly
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     result = _lean(np.where(block, v_min + moved, field))
