@@ -4,8 +4,9 @@ import itertools
 import math
 
 import numpy as np
+import torch
 
-from gauss_newton import gauss_newton
+from gauss_newton import gauss_newton, least_squares_in_box
 from layers import Fault
 from maps import FAULT_ENDS, N_FINE, THROW, border_point, fault_line
 from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
@@ -16,6 +17,9 @@ LATER = (520, 700, 1000)  # samples
 FOUND = 0.003  # norm of residuals at which no other start is tried
 NEAR = 0.01  # at which the fault itself is not tried anew
 UNLIKE = 0.05  # above which a map is too wrong to be finished
+STEP = 3.0  # m/s: how velocities' derivatives are taken
+FARTHEST = 20.0  # times STEP, that velocities may move at once
+PRICES = (0.003, 0.03)  # of another decision than ours, times the squared norm to be explained
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 
 
@@ -171,22 +175,61 @@ def _rescan(observed, theta, model, n_samples):
     return theta, norm
 
 
-def _finish(observed, theta, model, norm):
-    """The whole unknowns nearby that fit best, the fault's start and end in pairs: (theta, norm)."""
-    start, end = np.eye(len(theta))[-3:-1]
-    pairs = [i * start + j * end for i, j in itertools.product(range(-4, 5), repeat=2)]
+def _neighbours(observed, theta, model, moves):
+    """What may fit better after one of the moves, velocities and rounding's decisions fitted anew: trials.
+
+    Both are taken to act alike after each move, so that one derivative does for all: (theta, model), ...
+    """
+    n, masks = model.n + 1, model.flips(theta)
+    moved = [model.clip(theta + move) for move in moves]
+    flipped = [Fault(model.n, model.mirrored, model.flipped ^ mask) for mask in masks]
+    maps = [model.sharp(theta), *(model.sharp(theta + step) for step in STEP * np.eye(len(theta))[:n])]
+    maps += [one.sharp(theta) for one in flipped] + [model.sharp(t) for t in moved]
+    residuals = observed.residuals(maps, 1000)
+    rows, left = residuals[1 : -len(moves)] - residuals[0], residuals[-len(moves) :]
+    price = PRICES[0] * float(residuals[0] @ residuals[0])
+    gram, slopes = (rows @ rows.T).double(), (rows @ left.T).double()
+    gram.diagonal()[n:] += price
+    gains = (slopes * torch.linalg.solve(gram, slopes)).sum(0)
+    best = (left.square().sum(1) - gains).argsort()[:4].tolist()
+    bounds = np.repeat([[-FARTHEST, 0.0], [FARTHEST, 1.0]], (n, len(masks)), axis=1)
+    trials = []
+    for k, price in itertools.product(best, PRICES):
+        prices = np.repeat([0, price * float(left[k] @ left[k])], (n, len(masks)))
+        shares = least_squares_in_box(rows, left[k], bounds, prices)[n:]
+        for threshold in (0.3, 0.5, 0.7):
+            chosen = shares > threshold
+            rest = left[k] + rows[n:][torch.from_numpy(chosen)].sum(0)
+            theta = moved[k].copy()
+            theta[:n] += STEP * least_squares_in_box(rows[:n], rest, bounds[:, :n])
+            other = Fault(model.n, model.mirrored, model.flipped ^ masks[chosen].any(0))
+            trials.append((model.clip(np.rint(theta)), other))
+    return trials
+
+
+def _finish(observed, theta, model):
+    """The whole unknowns nearby that fit best, start and end in pairs, and rounding's decisions.
+
+    -> (theta, model, norm of the whole record's residuals).
+    """
+    norm = float(_norms(observed, model, [theta], 1000))
+    enough = 1e-5 + 1.02 * observed.floor(1000)
+    unit = np.eye(len(theta))[model.n + 1 :]
+    near, far = (list(itertools.product(steps, repeat=2)) for steps in (range(-4, 5), range(-20, 21, 5)))
+    single = np.concatenate([0 * unit[:1], unit, -unit])
     theta, n_idle = np.rint(theta), 0
-    for moves in itertools.cycle((pairs, _steps(model))):
-        while not observed.late:
-            trials = [model.clip(theta + move) for move in moves]
-            norms = _norms(observed, model, trials, 1000)
+    plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
+    for moves in itertools.cycle((single, near @ unit[-3:-1], far @ unit[-3:-1])):
+        while enough < norm < UNLIKE + enough and not observed.late:
+            trials = _neighbours(observed, theta, model if moves is single else plain, moves)
+            norms = observed.residuals([one.sharp(t) for t, one in trials], 1000).norm(dim=1)
             best = int(norms.argmin())
-            if float(norms[best]) >= 0.9999 * norm:
+            if float(norms[best]) >= 0.999 * norm:
                 break
-            theta, norm, n_idle = trials[best], float(norms[best]), 0
+            (theta, model), norm, n_idle = trials[best], float(norms[best]), 0
         n_idle += 1
-        if n_idle == 2 or observed.late:  # neither kind helps
-            return theta, norm
+        if n_idle == 3 or observed.late:  # no kind helps
+            return theta, model, norm
 
 
 def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
@@ -230,14 +273,11 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
         population = evolve(observed, population, WINDOWS, breed, target)
         for _, theta, model in population[:2]:
             for n_samples in LATER:
-                theta, norm = _rescan(observed, theta, model, n_samples)
+                theta, _ = _rescan(observed, theta, model, n_samples)
                 observed.note(n_samples, model.sharp(theta))
-            if norm < UNLIKE + floor:
-                theta, norm = _finish(observed, theta, model, norm)
-            if norm < best[0]:
-                best = norm, model.sharp(theta)
-            if best[0] < FOUND + floor or observed.late:
-                break
-        if best[0] < FOUND + floor or observed.late:
-            break
+                whole, finished, norm = _finish(observed, theta, model)
+                if norm < best[0]:
+                    best = norm, finished.sharp(whole)
+                if best[0] < FOUND + floor or observed.late:
+                    return best[1], best[0]
     return best[1], best[0]

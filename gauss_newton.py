@@ -161,16 +161,16 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
     and the moves above a threshold are made.
     """
     n = len(depths)
-    bound = np.r_[np.full(n, 1.5), np.full(n + 1, 60.0)]
+    bounds = np.r_[np.full(n, 1.5), np.full(n + 1, 60.0)] * [[-1], [1]]
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
     floor = max(1e-6, 1.02 * observed.floor(1000))
     for _ in range(n_rounds):
         if norm < floor or observed.late:
             break
         rows, residual, step = changes(observed, velocities, depths, [range(N_CELLS)])
-        shares = _least_squares_in_box(rows, residual, bound)
+        shares = least_squares_in_box(rows, residual, bounds)
         # of a thin layer, depth and velocity tell the same: the velocities are tried alone too
-        alone = _least_squares_in_box(rows[n:], residual, bound[n:])
+        alone = least_squares_in_box(rows[n:], residual, bounds[:, n:])
         both, alone = (np.clip(velocities + step * some, 1500, 4500) for some in (shares[n:], alone))
         if increasing:
             both, alone = np.maximum.accumulate(both), np.maximum.accumulate(alone)
@@ -187,17 +187,17 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
     return velocities, depths, norm
 
 
-def _least_squares_in_box(rows, target, bound, n_sweeps=300):
-    """argmin ‖target + Σ s_j rows_j‖ with |s_j| <= bound_j, by coordinate descent: (P,)."""
+def least_squares_in_box(rows, target, bounds, price=0.0, n_sweeps=300):
+    """argmin ‖target + Σ s_j rows_j‖² / 2 + Σ price_j s_j, s within bounds (2, P), by coordinate descent."""
     gram = (rows @ rows.T).double().cpu().numpy()
-    slope = (rows @ target).double().cpu().numpy()
+    slope = (rows @ target).double().cpu().numpy() + price
     diagonal = np.diag(gram) + 1e-7 * np.diag(gram).mean() + 1e-30
     shares = np.zeros(len(gram))
     for _ in range(n_sweeps):
         before = shares.copy()
         for j in range(len(shares)):
             rest = gram[j] @ shares - gram[j, j] * shares[j] + slope[j]
-            shares[j] = np.clip(-rest / diagonal[j], -bound[j], bound[j])
+            shares[j] = np.clip(-rest / diagonal[j], *bounds[:, j])
         if np.abs(shares - before).max() < 1e-4:
             break
     return shares

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from maps import FAULT_ENDS, N_CELLS, N_FINE, SPLINE, THROW, slip_soft
+from maps import FAULT_ENDS, N_CELLS, N_FINE, SPLINE, THROW, slip_soft, undecided
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -95,18 +95,21 @@ class Fault:
     """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
 
     Depths in cells; start and end on the border, and throw, in half cells: `maps.slip_soft`; `mirrored` maps
-    are reversed left to right.
+    are reversed left to right. Where `flipped` (before that), rounding is to decide the other way.
     """
 
-    def __init__(self, n_interfaces, mirrored):
-        self.n, self.mirrored = n_interfaces, mirrored
+    def __init__(self, n_interfaces, mirrored, flipped=False):
+        self.n, self.mirrored, self.flipped = n_interfaces, mirrored, flipped
         self.scale = np.concatenate([np.full(self.n + 1, 100.0), np.full(self.n, 2.0), [6.0, 6.0, 2.0]])
 
-    def _map(self, velocities, depths, start, end, throw):
+    def _unfaulted(self, velocities, depths):
         rows = np.arange(1, N_FINE + 1)[:, None]
         below = np.clip(rows - 2 * np.maximum.accumulate(depths), 0, 1)
         profile = velocities[0] + below @ np.diff(velocities)
-        field = slip_soft(np.repeat(profile[:, None], N_FINE, 1), velocities[0], start, end, throw)
+        return np.repeat(profile[:, None], N_FINE, 1)
+
+    def _map(self, velocities, depths, *fault):
+        field = slip_soft(self._unfaulted(velocities, depths), velocities[0], *fault, self.flipped)
         return field[:, ::-1].copy() if self.mirrored else field  # torch takes no reversed views
 
     def smooth(self, theta):
@@ -117,10 +120,18 @@ class Fault:
         field = self._map(*some, low)
         return field if share < 1e-6 else (1 - share) * field + share * self._map(*some, low + 1)
 
+    def _whole(self, theta):
+        whole, n = np.rint(theta), self.n + 1
+        return whole[:n], whole[n:-3], *whole[-3:-1], int(whole[-1])
+
     def sharp(self, theta):
         """All unknowns whole, as they were drawn."""
-        whole, n = np.rint(theta), self.n + 1
-        return self._map(whole[:n], whole[n:-3], *whole[-3:-1], int(whole[-1]))
+        return self._map(*self._whole(theta))
+
+    def flips(self, theta):
+        """Masks (N, 140, 140) of what rounding decides: each makes another `flipped`."""
+        velocities, depths, *fault = self._whole(theta)
+        return undecided(self._unfaulted(velocities, depths), velocities[0], *fault)
 
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1

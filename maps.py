@@ -23,6 +23,8 @@ LEAN = math.radians(6)  # real faulted maps are sheared so: depths shrink by cos
 OUTSIDE = -1500.0  # m/s, the value around real maps while they were made
 FAULT_ENDS = (N_FINE // 4, 3 * N_FINE // 2)  # where on the border a fault may start and end, half cells
 ROUNDING_ERROR = 5e-13  # m/s: below it ripples are not seen
+FAINTEST = 2e-11  # m/s: of fainter ripples the original's rounding may have decided otherwise
+RUN = 24  # half cells of a row of which it decides alike
 
 
 def _spline_matrix():
@@ -169,23 +171,47 @@ def fault_line(start, end):
     return top + across * right, across
 
 
-def slip_soft(field, v_min, start, end, dz):
-    """The fault itself: its block goes down by dz, whole half cells, along `fault_line(start, end)`.
-
-    As real FlatFault_A maps were made, but for rounding. The block under the line slides along it, moved by a
-    cubic spline together with the OUTSIDE value around it. All leans by six degrees. What is then below the
-    lowest velocity stays as it was: ripples of the spline, some of 1e-12 m/s, so mix old and new in every
-    other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells.
-    """
+def slide(field, v_min, start, end, dz):
+    """A fault's block moved down by dz, and all leaning by six degrees, nothing put back yet: (140, 140)."""
     top, across = fault_line(start, end)
     x = np.arange(N_FINE)
     line = top - across * x[:, None]
     block = (x - 1 > line) | (line <= 0)  # rows below the line's end wholly
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
-    result = _lean(np.where(block, v_min + moved, field))
-    result = np.where(result < v_min - ROUNDING_ERROR, field, result)
+    return _lean(np.where(block, v_min + moved, field))
+
+
+def slip_soft(field, v_min, start, end, dz, flipped=False):
+    """The fault itself: its block goes down by dz, whole half cells, along `fault_line(start, end)`.
+
+    As real FlatFault_A maps were made, but for rounding. The block under the line slides along it, moved by a
+    cubic spline together with the OUTSIDE value around it. All leans by six degrees. What is then below the
+    lowest velocity stays as it was: ripples of the spline, some of 1e-12 m/s, so mix old and new in every
+    other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells. Where it is
+    `flipped` (140, 140), rounding is to decide the other way.
+    """
+    result = slide(field, v_min, start, end, dz)
+    old = result < v_min - ROUNDING_ERROR
+    old ^= flipped & (np.abs(result - v_min) < FAINTEST)
+    result = np.where(old, field, result)
     return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
+
+
+def undecided(field, v_min, start, end, dz):
+    """Where rounding decides whether the old value stays, and that matters: masks (N, 140, 140).
+
+    One for each half cell of a ripple, and one for each RUN half cells of a row where there is none.
+    """
+    result = slide(field, v_min, start, end, dz)
+    ripple, masks = np.abs(result - v_min), []
+    for z, row in enumerate((ripple < FAINTEST) & (field > v_min)):
+        runs = [[x] for x in np.flatnonzero(row & (ripple[z] > 0))]
+        still = np.flatnonzero(row & (ripple[z] == 0))
+        for run in runs + [still[k : k + RUN] for k in range(0, len(still), RUN)]:
+            masks.append(np.zeros(field.shape, bool))
+            masks[-1][z, run] = True
+    return np.array(masks).reshape(-1, *field.shape)
 
 
 def _slip_sharp(rng, field):
