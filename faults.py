@@ -16,11 +16,11 @@ N_DRAWN = 400  # faults through what is seen beneath the sources, the best of th
 LATER = (520, 700, 1000)  # samples
 FOUND = 0.003  # norm of residuals at which no other start is tried
 NEAR = 0.01  # at which the fault itself is not tried anew
+FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 UNLIKE = 0.05  # above which a map is too wrong to be finished
 STEP = 3.0  # m/s: how velocities' derivatives are taken
 FARTHEST = 20.0  # times STEP, that velocities may move at once
 PRICES = (0.003, 0.03)  # of another decision than ours, times the squared norm to be explained
-FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 
 
 def _map_fit(model, theta, guess, n_steps=8):
@@ -190,6 +190,7 @@ def _neighbours(observed, theta, model, moves):
     price = PRICES[0] * float(residuals[0] @ residuals[0])
     gram, slopes = (rows @ rows.T).double(), (rows @ left.T).double()
     gram.diagonal()[n:] += price
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean())  # a layer that is nowhere has no derivative
     gains = (slopes * torch.linalg.solve(gram, slopes)).sum(0)
     best = (left.square().sum(1) - gains).argsort()[:4].tolist()
     bounds = np.repeat([[-FARTHEST, 0.0], [FARTHEST, 1.0]], (n, len(masks)), axis=1)
@@ -200,10 +201,10 @@ def _neighbours(observed, theta, model, moves):
         for threshold in (0.3, 0.5, 0.7):
             chosen = shares > threshold
             rest = left[k] + rows[n:][torch.from_numpy(chosen)].sum(0)
-            theta = moved[k].copy()
-            theta[:n] += STEP * least_squares_in_box(rows[:n], rest, bounds[:, :n])
+            fitted = moved[k].copy()
+            fitted[:n] += STEP * least_squares_in_box(rows[:n], rest, bounds[:, :n])
             other = Fault(model.n, model.mirrored, model.flipped ^ masks[chosen].any(0))
-            trials.append((model.clip(np.rint(theta)), other))
+            trials.append((model.clip(np.rint(fitted)), other))
     return trials
 
 

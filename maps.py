@@ -176,7 +176,7 @@ def slide(field, v_min, start, end, dz):
     top, across = fault_line(start, end)
     x = np.arange(N_FINE)
     line = top - across * x[:, None]
-    block = (x - 1 > line) | (line <= 0)  # rows below the line's end wholly
+    block = (x - 1 > line - 1e-9) | (line <= 0)  # rows below the line's end wholly
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     return _lean(np.where(block, v_min + moved, field))
