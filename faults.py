@@ -216,11 +216,19 @@ def _finish(observed, theta, model):
     norm = float(_norms(observed, model, [theta], 1000))
     enough = 1e-5 + 1.02 * observed.floor(1000)
     unit = np.eye(len(theta))[model.n + 1 :]
-    near, far = (list(itertools.product(steps, repeat=2)) for steps in (range(-4, 5), range(-20, 21, 5)))
+
+    def ends(*steps):
+        return np.array(list(itertools.product(steps, repeat=2))) @ unit[-3:-1]
+
     single = np.concatenate([0 * unit[:1], unit, -unit])
+    throws = np.concatenate([by * unit[-1] + ends(-1, 0, 1) for by in range(-5, 6)])
+    # the side that stays is another cell higher or lower, where little of it is seen
+    side = unit[:-3].sum(0) - 2 * unit[-1]
+    sides = np.concatenate([by * side + ends(*range(-6, 7, 2)) for by in (-1, 1)])
+    kinds = single, ends(*range(-4, 5)), ends(*range(-20, 21, 5)), throws, sides
     theta, n_idle = np.rint(theta), 0
     plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
-    for moves in itertools.cycle((single, near @ unit[-3:-1], far @ unit[-3:-1])):
+    for moves in itertools.cycle(kinds):
         while enough < norm < UNLIKE + enough and not observed.late:
             trials = _neighbours(observed, theta, model if moves is single else plain, moves)
             norms = observed.residuals([one.sharp(t) for t, one in trials], 1000).norm(dim=1)
@@ -229,7 +237,7 @@ def _finish(observed, theta, model):
                 break
             (theta, model), norm, n_idle = trials[best], float(norms[best]), 0
         n_idle += 1
-        if n_idle == 3 or observed.late:  # no kind helps
+        if n_idle == len(kinds) or observed.late:  # no kind helps
             return theta, model, norm
 
 
