@@ -14,7 +14,7 @@ from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.003  # norm of residuals at which no other start is tried
+FOUND = 0.0005  # norm of residuals at which no other start is tried
 NEAR = 0.01  # at which the fault itself is not tried anew
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 UNLIKE = 0.05  # above which a map is too wrong to be finished
@@ -222,10 +222,11 @@ def _finish(observed, theta, model):
 
     single = np.concatenate([0 * unit[:1], unit, -unit])
     throws = np.concatenate([by * unit[-1] + ends(-1, 0, 1) for by in range(-5, 6)])
+    wide = np.concatenate([by * unit[-1] + ends(*range(-6, 7, 2)) for by in (-2, -1, 1, 2)])
     # the side that stays is another cell higher or lower, where little of it is seen
     side = unit[:-3].sum(0) - 2 * unit[-1]
     sides = np.concatenate([by * side + ends(*range(-6, 7, 2)) for by in (-1, 1)])
-    kinds = single, ends(*range(-4, 5)), ends(*range(-20, 21, 5)), throws, sides
+    kinds = single, ends(*range(-4, 5)), ends(*range(-20, 21, 5)), throws, sides, wide
     theta, n_idle = np.rint(theta), 0
     plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
     for moves in itertools.cycle(kinds):
@@ -281,9 +282,10 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
 
         population = evolve(observed, population, WINDOWS, breed, target)
         for _, theta, model in population[:2]:
-            for n_samples in LATER:
-                theta, _ = _rescan(observed, theta, model, n_samples)
-                observed.note(n_samples, model.sharp(theta))
+            for n_samples in (0, *LATER):  # first as it is: that may do
+                if n_samples:
+                    theta, _ = _rescan(observed, theta, model, n_samples)
+                    observed.note(n_samples, model.sharp(theta))
                 whole, finished, norm = _finish(observed, theta, model)
                 if norm < best[0]:
                     best = norm, finished.sharp(whole)

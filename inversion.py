@@ -75,9 +75,11 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
-    for number, (search, one_sided) in enumerate(_searches(family, flat)):
+    searches = _searches(family, flat)
+    for number, (search, one_sided) in enumerate(searches):
         # the rest is left for what comes after, should this one fail
-        observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=0.6 * whole.left)
+        minutes = (0.9 if number == len(searches) - 1 else 0.7) * whole.left
+        observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=minutes)
         found, _ = search(observed, vel[0].cpu().double().numpy())
         whole.simulations += observed.simulations
         whole.steps += observed.steps
