@@ -187,9 +187,8 @@ def _neighbours(observed, theta, model, moves):
     maps += [one.sharp(theta) for one in flipped] + [model.sharp(t) for t in moved]
     residuals = observed.residuals(maps, 1000)
     rows, left = residuals[1 : -len(moves)] - residuals[0], residuals[-len(moves) :]
-    price = PRICES[0] * float(residuals[0] @ residuals[0])
     gram, slopes = (rows @ rows.T).double(), (rows @ left.T).double()
-    gram.diagonal()[n:] += price
+    gram.diagonal()[n:] += PRICES[0] * float(residuals[0] @ residuals[0])
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())  # a layer that is nowhere has no derivative
     gains = (slopes * torch.linalg.solve(gram, slopes)).sum(0)
     best = (left.square().sum(1) - gains).argsort()[:4].tolist()
@@ -209,7 +208,7 @@ def _neighbours(observed, theta, model, moves):
 
 
 def _finish(observed, theta, model):
-    """The whole unknowns nearby that fit best, start and end in pairs, and rounding's decisions.
+    """The whole unknowns nearby that fit best, one by one and the fault's together, and rounding's decisions.
 
     -> (theta, model, norm of the whole record's residuals).
     """
