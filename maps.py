@@ -171,12 +171,13 @@ def fault_line(start, end):
     return top + across * right, across
 
 
-def slide(field, v_min, start, end, dz):
+def _slide(field, v_min, start, end, dz):
     """A fault's block moved down by dz, and all leaning by six degrees, nothing put back yet: (140, 140)."""
     top, across = fault_line(start, end)
     x = np.arange(N_FINE)
     line = top - across * x[:, None]
-    block = (x - 1 > line - 1e-9) | (line <= 0)  # rows below the line's end wholly
+    # what is on the line is in the block, however the line is rounded; rows below its end are wholly
+    block = (x - 1 > line - 1e-9) | (line <= 0)
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     return _lean(np.where(block, v_min + moved, field))
@@ -191,7 +192,7 @@ def slip_soft(field, v_min, start, end, dz, flipped=False):
     other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells. Where it is
     `flipped` (140, 140), rounding is to decide the other way.
     """
-    result = slide(field, v_min, start, end, dz)
+    result = _slide(field, v_min, start, end, dz)
     old = result < v_min - ROUNDING_ERROR
     old ^= flipped & (np.abs(result - v_min) < FAINTEST)
     result = np.where(old, field, result)
@@ -203,7 +204,7 @@ def undecided(field, v_min, start, end, dz):
 
     One for each half cell of a ripple, and one for each RUN half cells of a row where there is none.
     """
-    result = slide(field, v_min, start, end, dz)
+    result = _slide(field, v_min, start, end, dz)
     ripple, masks = np.abs(result - v_min), []
     for z, row in enumerate((ripple < FAINTEST) & (field > v_min)):
         runs = [[x] for x in np.flatnonzero(row & (ripple[z] > 0))]

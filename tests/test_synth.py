@@ -226,9 +226,12 @@ def test_undisturbed_fault_interfaces_have_the_real_profile(shared_data):
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("index", [26, 130, 252, 425])  # 26: the fault passes through half cells
-def test_real_flat_faults_are_made_again_to_a_few_cells(shared_data, index):
-    """A real map's unknowns, sought without any simulation, make it again: all its edges, seams and dots."""
+@pytest.mark.parametrize(("index", "most"), [(26, 0.05), (130, 0.04), (252, 0.04), (425, 0.04)])
+def test_real_flat_faults_are_made_again_to_a_few_cells(shared_data, index, most):
+    """A real map's unknowns, sought without any simulation, make it again: all its edges, seams and dots.
+
+    The fault of map 26 passes through half cells: on which side these are, 0.4 m/s tell.
+    """
     with np.load(shared_data / "maps" / "FlatFault_A.npz") as file:
         real = file["model11"][index, 0].astype(float)
     rng = np.random.default_rng(0)
@@ -253,7 +256,7 @@ def test_real_flat_faults_are_made_again_to_a_few_cells(shared_data, index):
             theta = best
     around = np.stack(np.meshgrid(np.arange(-5, 6), np.arange(-16, 17), (-1, 0, 1)), -1).reshape(-1, 3)
     theta = min((theta + move @ unit[7:] for move in around), key=error)  # along a narrow valley
-    assert error(theta) < 0.05, theta
+    assert error(theta) < most, theta
     assert error(theta + unit[7]) > 0.2  # a fault that starts half a cell elsewhere
 
 
