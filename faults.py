@@ -175,20 +175,25 @@ def _rescan(observed, theta, model, n_samples):
     return theta, norm
 
 
-def _neighbours(observed, theta, model, moves):
+def _derivatives(observed, theta, model):
+    """Residuals (D,), how they change with each velocity, by STEP, and decision (P, D), and its mask."""
+    masks, steps = model.flips(theta), STEP * np.eye(len(theta))[: model.n + 1]
+    flipped = [Fault(model.n, model.mirrored, model.flipped ^ mask) for mask in masks]
+    maps = [model.sharp(theta), *(model.sharp(theta + step) for step in steps)]
+    residuals = observed.residuals(maps + [one.sharp(theta) for one in flipped], 1000)
+    return residuals[0], residuals[1:] - residuals[0], masks
+
+
+def _neighbours(observed, theta, model, derivatives, moves):
     """What may fit better after one of the moves, velocities and rounding's decisions fitted anew: trials.
 
-    Both are taken to act alike after each move, so that one derivative does for all: (theta, model), ...
+    Both are taken to act alike after each move, so that the derivatives do for all: (theta, model), ...
     """
-    n, masks = model.n + 1, model.flips(theta)
-    moved = [model.clip(theta + move) for move in moves]
-    flipped = [Fault(model.n, model.mirrored, model.flipped ^ mask) for mask in masks]
-    maps = [model.sharp(theta), *(model.sharp(theta + step) for step in STEP * np.eye(len(theta))[:n])]
-    maps += [one.sharp(theta) for one in flipped] + [model.sharp(t) for t in moved]
-    residuals = observed.residuals(maps, 1000)
-    rows, left = residuals[1 : -len(moves)] - residuals[0], residuals[-len(moves) :]
+    residual, rows, masks = derivatives
+    n, moved = model.n + 1, [model.clip(theta + move) for move in moves]
+    left = observed.residuals([model.sharp(t) for t in moved], 1000)
     gram, slopes = (rows @ rows.T).double(), (rows @ left.T).double()
-    gram.diagonal()[n:] += PRICES[0] * float(residuals[0] @ residuals[0])
+    gram.diagonal()[n:] += PRICES[0] * float(residual @ residual)
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())  # a layer that is nowhere has no derivative
     gains = (slopes * torch.linalg.solve(gram, slopes)).sum(0)
     best = (left.square().sum(1) - gains).argsort()[:4].tolist()
@@ -226,16 +231,19 @@ def _finish(observed, theta, model):
     side = unit[:-3].sum(0) - 2 * unit[-1]
     sides = np.concatenate([by * side + ends(*range(-6, 7, 2)) for by in (-1, 1)])
     kinds = single, ends(*range(-4, 5)), ends(*range(-20, 21, 5)), throws, sides, wide
-    theta, n_idle = np.rint(theta), 0
-    plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
+    theta, n_idle, known = np.rint(theta), 0, {}
+    model = plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
     for moves in itertools.cycle(kinds):
         while enough < norm < UNLIKE + enough and not observed.late:
-            trials = _neighbours(observed, theta, model if moves is single else plain, moves)
-            norms = observed.residuals([one.sharp(t) for t, one in trials], 1000).norm(dim=1)
+            one = model if moves is single else plain
+            if one not in known:  # where theta stands
+                known[one] = _derivatives(observed, theta, one)
+            trials = _neighbours(observed, theta, one, known[one], moves)
+            norms = observed.residuals([other.sharp(t) for t, other in trials], 1000).norm(dim=1)
             best = int(norms.argmin())
             if float(norms[best]) >= 0.999 * norm:
                 break
-            (theta, model), norm, n_idle = trials[best], float(norms[best]), 0
+            (theta, model), norm, n_idle, known = trials[best], float(norms[best]), 0, {}
         n_idle += 1
         if n_idle == len(kinds) or observed.late:  # no kind helps
             return theta, model, norm
