@@ -89,9 +89,9 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
     depths = cells_of(controls @ layers.basis.T)
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
     columns = [[x] for x in range(N_CELLS)]
-    floor, quadratic, n_idle = max(1e-6, 1.02 * observed.floor(1000)), None, 0
+    quadratic, n_idle = None, 0
     for _ in range(n_rounds):
-        if norm < floor or n_idle == 3 or observed.late:
+        if norm < 1e-6 or n_idle == 3 or observed.late:
             break
         if quadratic is None:
             rows, residual, step = changes(observed, velocities, depths, columns)
@@ -102,7 +102,7 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
         tried = [np.rint(layers.bounded(velocities + share * step * shares)) for share in (1.0, 0.5, 0.0)]
         norms = observed.residuals([paint(v, cells) for v in tried], 1000).norm(dim=1)
         best = int(norms.argmin())
-        if float(norms[best]) < 0.999 * norm:
+        if float(norms[best]) < observed.least_share * norm:
             velocities, depths, controls, norm = tried[best], cells, found, float(norms[best])
             quadratic, n_idle = None, 0
         else:

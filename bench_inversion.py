@@ -57,8 +57,9 @@ def bench_inversion(args):
                 pair = [float((v - vel).abs().mean()) for v in (start, found)]
                 errors.setdefault((family, ratio, name), []).append(pair)
                 cost = f"{trace['seconds']:.0f} s, {trace['simulations']} simulations"
+                fits = ", ".join(f"{k} {misfit:.4f}" for k, misfit in trace["misfits"].items())
                 case = f"{family} {number:3} {ratio:5.0f} dB, from {name:8}"
-                print(f"{case} {pair[0]:7.2f} -> {pair[1]:7.2f} m/s, {cost}", flush=True)
+                print(f"{case} {pair[0]:7.2f} -> {pair[1]:7.2f} m/s, {cost}; misfits: {fits}", flush=True)
     print(f"\n{'family':12} {'dB':>5} {'start':9} {'before':>8} {'after':>8} {'median':>8}   MAE, m/s")
     for (family, ratio, name), pairs in errors.items():
         before, after = zip(*pairs, strict=True)

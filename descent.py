@@ -115,18 +115,18 @@ class _Memory:
         return -q
 
 
-def descend(seis, cells, n_iterations=60, floor=None, minutes=math.inf, note=lambda n_samples, vel: None):
+def descend(seis, cells, n_iterations=60, noise=None, minutes=math.inf, note=lambda n_samples, vel: None):
     """Fit maps to gathers: seis (B, S, T, R), unknowns `Cells` or `Modes` -> (vel, relative misfits (n, B)).
 
     Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + penalty, from the top down in windows that grow. Each
     map's minimum velocity, which sets the sponge, is an unknown of its own. Each sample has its own step
-    length; one whose misfit falls below its `floor` (B,), what the noise leaves, stops (discrepancy
-    principle, Morozov, 1966). Each window takes an equal part of the iterations, or ends at its part of the
-    minutes; `note` is then called with its samples and the maps.
+    length; one whose misfit falls to what noise of its standard deviation `noise` (B,) leaves, stops
+    (discrepancy principle, Morozov, 1966). Each window takes an equal part of the iterations, or ends at its
+    part of the minutes; `note` is then called with its samples and the maps.
     """
     vel, shape = cells.maps(cells.start), cells.start.shape
     n_batch = len(vel)
-    span, floor = V_MAX - V_MIN, torch.zeros(n_batch, device=vel.device) if floor is None else floor
+    span, noise = V_MAX - V_MIN, torch.zeros(n_batch, device=vel.device) if noise is None else noise
     v_min = vel.amin((1, 2, 3)).clamp(V_MIN, V_MAX)
     unknown = torch.cat([cells.start.flatten(1), (v_min[:, None] - V_MIN) / span], 1).detach()
     began = time.monotonic()
@@ -134,16 +134,20 @@ def descend(seis, cells, n_iterations=60, floor=None, minutes=math.inf, note=lam
     def field(u):
         return u[:, :-1].view(shape)
 
-    def evaluate(u, n_samples):
-        """Objective, misfit (B,) each, and gradient (B, P)."""
-        u = u.detach().requires_grad_()
-        made = cells.maps(field(u))
-        sponge = (V_MIN + span * u[:, -1]).clamp(V_MIN, V_MAX)
+    def weighted(n_samples):
+        """Weights that grow with time (T, 1), the gathers times them, these gathers' energies (B,)."""
         n = min(n_samples, seis.shape[2] - 1)  # index 999 of the real data does not follow the scheme
         gain = (torch.arange(n, device=seis.device, dtype=seis.dtype) / n)[:, None]
         observed = seis[:, :, :n] * gain
-        residual = wave.simulate(made, n_samples=n_samples, v_min=sponge)[:, :, :n] * gain - observed
-        energy = observed.flatten(1).square().sum(1).clamp(min=1e-30)
+        return gain, observed, observed.flatten(1).square().sum(1).clamp(min=1e-30)
+
+    def evaluate(u, n_samples):
+        """Objective, misfit (B,) each, and gradient (B, P)."""
+        gain, observed, energy = weighted(n_samples)
+        u = u.detach().requires_grad_()
+        made = cells.maps(field(u))
+        sponge = (V_MIN + span * u[:, -1]).clamp(V_MIN, V_MAX)
+        residual = wave.simulate(made, n_samples=n_samples, v_min=sponge)[:, :, : len(gain)] * gain - observed
         fit = residual.flatten(1).square().sum(1) / energy
         value = fit + cells.penalty(field(u))
         (gradient,) = torch.autograd.grad(value.sum(), u)
@@ -151,6 +155,8 @@ def descend(seis, cells, n_iterations=60, floor=None, minutes=math.inf, note=lam
 
     trace = []
     for n_samples, part in WINDOWS.items():
+        gain, _, energy = weighted(n_samples)
+        floor = 1.02 * noise * (gain.square().sum() * seis[0, :, 0].numel() / energy).sqrt()
         memory, steps = _Memory(), None
         value, fit, gradient = evaluate(unknown, n_samples)
         done = torch.zeros(n_batch, dtype=torch.bool, device=vel.device)

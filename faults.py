@@ -116,7 +116,7 @@ def _refine(observed, theta, model, norm, n_samples):
         trials = [model.clip(theta + move) for move in moves]
         norms = _norms(observed, model, trials, n_samples)
         best = int(norms.argmin())
-        if float(norms[best]) >= 0.999 * norm or observed.late:
+        if float(norms[best]) >= observed.least_share * norm or observed.late:
             break
         theta, norm = trials[best], float(norms[best])
         theta, norm = _descend(observed, theta, model, n_samples, 3)
@@ -145,13 +145,13 @@ def _blocks(theta, n):
 
 def _rescan(observed, theta, model, n_samples):
     """Pairs of unknowns tried anew over their whole range, in turn, until none helps: out of local minima."""
-    enough = (NEAR if n_samples < 1000 else FAINT) + 1.1 * observed.floor(n_samples)
+    enough = observed.enough(n_samples, NEAR if n_samples < 1000 else FAINT)
     norm = float(_norms(observed, model, [theta], n_samples))
     theta, norm = _refine(observed, theta, model, norm, n_samples)
     n_idle, number = 0, 0
     while norm > enough and not observed.late:
         blocks = _blocks(theta, model.n + 1)
-        if norm < NEAR:  # the fault is found
+        if norm < observed.enough(n_samples, NEAR):  # the fault is found
             blocks = blocks[:-2]
         if n_idle == len(blocks):
             break
@@ -218,7 +218,6 @@ def _finish(observed, theta, model):
     -> (theta, model, norm of the whole record's residuals).
     """
     norm = float(_norms(observed, model, [theta], 1000))
-    enough = 1e-5 + 1.02 * observed.floor(1000)
     unit = np.eye(len(theta))[model.n + 1 :]
 
     def ends(*steps):
@@ -234,14 +233,14 @@ def _finish(observed, theta, model):
     theta, n_idle, known = np.rint(theta), 0, {}
     model = plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
     for moves in itertools.cycle(kinds):
-        while enough < norm < UNLIKE + enough and not observed.late:
+        while 1e-5 < norm < observed.enough(1000, UNLIKE) and not observed.late:
             one = model if moves is single else plain
             if one not in known:  # where theta stands
                 known[one] = _derivatives(observed, theta, one)
             trials = _neighbours(observed, theta, one, known[one], moves)
             norms = observed.residuals([other.sharp(t) for t, other in trials], 1000).norm(dim=1)
             best = int(norms.argmin())
-            if float(norms[best]) >= 0.999 * norm:
+            if float(norms[best]) >= observed.least_share * norm:
                 break
             (theta, model), norm, n_idle, known = trials[best], float(norms[best]), 0, {}
         n_idle += 1
@@ -254,7 +253,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
 
     Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
     """
-    best, top, floor = (math.inf,), top_velocity(observed), 1.1 * observed.floor(1000)
+    best, top, enough = (math.inf,), top_velocity(observed), observed.enough(1000, FOUND)
     beneath = depths_beneath(observed, top, increasing=True)
     for seed, n in itertools.product(range(n_starts), n_layers):
         rng = np.random.default_rng([seed, n])
@@ -285,7 +284,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
             return theta, model
 
         def target(n_samples):
-            return 0.02 + observed.floor(n_samples)
+            return observed.enough(n_samples, 0.02)
 
         population = evolve(observed, population, WINDOWS, breed, target)
         for _, theta, model in population[:2]:
@@ -296,6 +295,6 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
                 whole, finished, norm = _finish(observed, theta, model)
                 if norm < best[0]:
                     best = norm, finished.sharp(whole)
-                if best[0] < FOUND + floor or observed.late:
+                if best[0] < enough or observed.late:
                     return best[1], best[0]
     return best[1], best[0]

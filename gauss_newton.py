@@ -16,8 +16,11 @@ from maps import N_CELLS
 
 BATCH = 8  # maps simulated together
 STRIDE = 4  # every 4th sample: 250 Hz hold a signal that ends near 45 Hz
+SPAN = 8  # samples of which each is the mean where there is noise: most of that lies above the signal
+SURE = 1.06  # how much more noise there may be than is measured
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
-QUIET_OFFSET, QUIET_SAMPLES = 40, 60  # cells and samples that the fastest wave cannot have reached
+QUIET = 1.5  # samples a cell from a source on, before which nothing is heard: the fastest wave takes 2.2
+NEAREST = 10  # cells: nearer receivers are not asked
 
 
 class Observed:
@@ -31,7 +34,8 @@ class Observed:
         self.seis, self.sources = seis.float(), tuple(sources)
         self.simulations, self.steps = 0.0, []  # simulations of 5 shots and 1000 samples
         self.deadline = time.monotonic() + 60 * minutes
-        self.noise = self._noise()
+        self.noise = self._noise(self.seis, 1)
+        self.thinned_noise = self._noise(self._thinned(self.seis), STRIDE, SPAN - 1) if self.noise else 0.0
 
     @property
     def left(self):
@@ -46,15 +50,17 @@ class Observed:
         """Keep a map (70, 70) that fits the first `n_samples`."""
         self.steps.append((f"{n_samples} samples", np.asarray(vel, np.float32)))
 
-    def _noise(self):
-        """Standard deviation of the noise: what far receivers record before any wave can have come."""
-        quiet = [
-            self.seis[s, :QUIET_SAMPLES, x]
-            for s, cell in enumerate(self.sources)
-            for x in range(self.seis.shape[2])
-            if abs(x - cell) > QUIET_OFFSET
-        ]
-        return float(torch.stack(quiet).square().mean().sqrt()) if quiet else 0.0
+    def _noise(self, seis, stride, span=0):
+        """Standard deviation of the noise: what receivers record before any wave can have come.
+
+        seis (S, T, R): value k is of samples stride · k to stride · k + span.
+        """
+        cells = torch.arange(seis.shape[2], device=seis.device)
+        far = (cells - torch.tensor(self.sources, device=seis.device)[:, None, None]).abs()
+        last = stride * torch.arange(seis.shape[1], device=seis.device)[:, None] + span
+        quiet = seis[(last < QUIET * far) & (far > NEAREST)]
+        noise, signal = (float(x.square().mean().sqrt()) if x.numel() else 0.0 for x in (quiet, seis))
+        return noise if noise > 1e-6 * signal else 0.0  # fainter: the scheme's own
 
     def simulate(self, maps, n_samples):
         """Maps (N, 70, 70), arrays -> gathers (N, S, n_samples, R)."""
@@ -63,23 +69,42 @@ class Observed:
         with torch.no_grad():
             return torch.cat([wave.simulate(m, self.sources, n_samples) for m in maps.split(BATCH)])
 
+    def _thinned(self, seis):
+        """Gathers (..., T, R), of every STRIDE samples one: where there is noise, means of SPAN."""
+        if not self.noise:
+            return seis[..., ::STRIDE, :]
+        return torch.nn.functional.avg_pool2d(seis, (SPAN, 1), (STRIDE, 1))
+
+    def _weighted(self, seis):
+        """Gathers (N, S, T, R) thinned, their weight growing with time: (N, S, T', R)."""
+        thinned = self._thinned(seis)
+        time = STRIDE * torch.arange(thinned.shape[2], device=seis.device)
+        return thinned * ((time + 50) / seis.shape[2])[:, None]
+
     def residuals(self, maps, n_samples):
         """Residuals of maps within the first samples, growing weight with time, relative: (N, D).
 
         Late echoes are faint and tell of the deep; index 999 does not follow the scheme and is left out.
         """
         n = min(n_samples, 999)
-        weight = ((torch.arange(n, device=self.seis.device) + 50) / n)[:, None]
-        observed = (self.seis[:, :n] * weight)[:, ::STRIDE]
-        made = (self.simulate(maps, n_samples)[:, :, :n] * weight)[:, :, ::STRIDE]
-        return (made - observed).flatten(1) / observed.norm().clamp(min=1e-30)
+        observed = self.seis[None, :, :n]
+        rest = self._weighted(self.simulate(maps, n_samples)[:, :, :n] - observed)
+        return rest.flatten(1) / self._weighted(observed).norm().clamp(min=1e-30)
 
     def floor(self, n_samples):
         """The norm that `residuals` of the true map would have for the noise alone."""
-        n = min(n_samples, 999)
-        weight = ((torch.arange(n, device=self.seis.device) + 50) / n)[:, None].expand(n, self.seis.shape[2])
-        noise = self.noise * weight[::STRIDE].norm() * math.sqrt(len(self.sources))
-        return float(noise / (self.seis[:, :n] * weight)[:, ::STRIDE].norm().clamp(min=1e-30))
+        observed = self.seis[None, :, : min(n_samples, 999)]
+        level = self._weighted(torch.ones_like(observed)) * self.thinned_noise
+        return float(level.norm() / self._weighted(observed).norm().clamp(min=1e-30))
+
+    def enough(self, n_samples, rest=0.0):
+        """The norm of residuals that are noise but for `rest`."""
+        return math.hypot(rest, SURE * self.floor(n_samples))
+
+    @property
+    def least_share(self):
+        """Of a norm: a step that leaves more gains nothing. Amid noise less is gained, yet no chance."""
+        return 0.9999 if self.noise else 0.999
 
 
 def gauss_newton(
@@ -163,9 +188,8 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
     n = len(depths)
     bounds = np.r_[np.full(n, 1.5), np.full(n + 1, 60.0)] * [[-1], [1]]
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
-    floor = max(1e-6, 1.02 * observed.floor(1000))
     for _ in range(n_rounds):
-        if norm < floor or observed.late:
+        if norm < 1e-6 or observed.late:
             break
         rows, residual, step = changes(observed, velocities, depths, [range(N_CELLS)])
         shares = least_squares_in_box(rows, residual, bounds)
@@ -181,7 +205,7 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
             trials += [(velocities, moved), (np.rint(both), moved)]
         norms = observed.residuals([paint(*t) for t in trials], 1000).norm(dim=1)
         best = int(norms.argmin())
-        if float(norms[best]) >= 0.999 * norm:
+        if float(norms[best]) >= observed.least_share * norm:
             break
         (velocities, depths), norm = trials[best], float(norms[best])
     return velocities, depths, norm

@@ -20,7 +20,7 @@ from utils import V_MAX, V_MIN
 from waveform import is_flat, log_misfit, misfit, simulated
 
 FLAT = 1e-4  # relative difference of mirror images, above the noise, of gathers above flat layers
-EXPLAINED = 0.03  # relative misfit, above the noise, at which a search has found its map
+EXPLAINED = 0.06  # norm of residuals, beside the noise, at which a search has found its map
 # Style_A's Gaussian process; `Modes` has Style_B's by default
 STYLE_A = {"deviation": 183.0, "length": 3.5, "nugget": 20.0}
 
@@ -68,40 +68,40 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     began = time.monotonic()
     whole = Observed(seis, minutes=minutes)
     # of two noisy mirror images the difference holds both noises
-    noise = math.sqrt(2) * whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
-    flat = bool(is_flat(seis[None], FLAT + 1.05 * noise)[0])
+    noises = math.sqrt(2) * whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
+    flat = bool(is_flat(seis[None], FLAT + 1.05 * noises)[0])
     if not flat and _varies(whole):
         family = "Style_A" if family == "Style_A" else "Style_B"
-    floor = whole.floor(1000)
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
-    searches = _searches(family, flat)
+    searches, explained = _searches(family, flat), False
     for number, (search, one_sided) in enumerate(searches):
         # the rest is left for what comes after, should this one fail
         minutes = (0.9 if number == len(searches) - 1 else 0.7) * whole.left
         observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=minutes)
-        found, _ = search(observed, vel[0].cpu().double().numpy())
+        found, norm = search(observed, vel[0].cpu().double().numpy())
         whole.simulations += observed.simulations
         whole.steps += observed.steps
         name = f"search{number + 1}"
         candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
         told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])
-        if told[name] < EXPLAINED + 1.1 * floor or whole.late:
+        explained = norm < observed.enough(1000, EXPLAINED)
+        if explained or whole.late:
             break
     best = min(told, key=told.get)
-    if told[best] > EXPLAINED + 1.1 * floor and n_iterations and not whole.late:
+    if not explained and n_iterations and not whole.late:
         start = candidates[best][None]
         if (family or "").startswith("Style"):
             surface = surface_velocity(whole)[None] if whole.noise == 0 else None
             cells = Modes(start, surface, **(STYLE_A if family == "Style_A" else {}))
         else:
             cells = Cells(start)
-        limit = torch.full((1,), 1.02 * floor, device=vel.device)
+        noise = torch.full((1,), whole.noise, device=vel.device)
 
         def note(n_samples, made):
             whole.note(n_samples, made[0, 0].cpu())
 
-        cells, course = descend(seis[None], cells, n_iterations, limit, whole.left, note)
+        cells, course = descend(seis[None], cells, n_iterations, noise, whole.left, note)
         whole.simulations += 6.0 * len(course)  # a gradient costs about six simulations
         candidates["cells"] = cells[0]
         told["cells"] = float(misfit(seis[None], simulated(cells))[0])
@@ -112,7 +112,8 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         if told["rounded"] <= told[best]:
             candidates["rounded"], best = rounded, "rounded"
     told = {name: float(f"{value:.5g}") for name, value in told.items()}
-    trace = {"misfits": told, "kept": best, "noise": float(f"{floor:.3g}"), "flat": flat}
+    noise = whole.noise / float(seis.square().mean().sqrt().clamp(min=1e-30))  # the true map's misfit
+    trace = {"misfits": told, "kept": best, "noise": float(f"{noise:.3g}"), "flat": flat}
     trace |= {"simulations": round(whole.simulations), "seconds": round(time.monotonic() - began, 1)}
     kept = candidates[best][0].cpu().numpy()
     trace["steps"] = [("guess", vel[0].cpu().numpy()), *whole.steps, (f"kept: {best}", kept)]

@@ -159,7 +159,7 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
     population = [(math.inf, theta, layers) for theta in starts]
 
     def target(n_samples):  # what the rounding of depths to cells leaves
-        return 0.006 + 6e-5 * (n_samples - 100) + observed.floor(n_samples)
+        return observed.enough(n_samples, 0.006 + 6e-5 * (n_samples - 100))
 
     population = evolve(observed, population, FIRST_WINDOWS, breed, target)
     n_samples = FIRST_WINDOWS[-1][0]
@@ -287,7 +287,7 @@ def _retry_flat(observed, layers, theta, enough):
 
 def _first_explained(observed, grown):
     """Of flat layers of several spacings the first that explain the gather, else the best."""
-    best, enough = (None, None, math.inf), 1e-4 + 1.1 * observed.floor(1000)
+    best, enough = (None, None, math.inf), observed.enough(1000, 1e-4)
     for _, theta, layers in grown[:6]:  # the right spacing is rarely further down
         best = min(best, _retry_flat(observed, layers, theta, enough), key=lambda one: one[2])
         if best[2] < enough or observed.late:
@@ -312,6 +312,6 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
         else:
             velocities, cells, norm = _first_explained(observed, grown)
         best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
-        if best[0] < (1e-3 if curved else 1e-4) + 1.1 * observed.floor(1000) or observed.late:
+        if best[0] < observed.enough(1000, 1e-3 if curved else 1e-4) or observed.late:
             break
     return best[1], best[0]

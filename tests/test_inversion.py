@@ -14,7 +14,7 @@ from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
 from faults import _descend, _finish, _rescan, _through
 from gauss_newton import Observed, changes, gauss_newton, settle
-from inversion import invert, invert_one
+from inversion import EXPLAINED, invert, invert_one
 from layers import Fault, Layers, paint, shade
 from maps import N_FINE, make_maps, slip_soft
 from postprocess import gaussian
@@ -94,8 +94,24 @@ def test_noise_is_measured_where_no_wave_can_be_and_hides_the_first_sample():
     observed = Observed(noisy)
     assert observed.noise == pytest.approx(0.01, rel=0.05)
     assert top_velocity(observed) == pytest.approx(1700, abs=50)
-    residual = observed.residuals([FLAT], 1000)[0]
-    assert observed.floor(1000) == pytest.approx(float(residual.norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("span", (1, 5))  # white and coloured
+def test_the_true_map_is_told_from_a_wrong_one_amid_noise(span):
+    seis = gather(FLAT)
+    noise = torch.randn(seis.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.nn.functional.avg_pool2d(noise, (span, 1), 1, (span // 2, 0))
+    noise *= 0.1 * seis.std() / noise.std()  # 20 dB
+    observed, quiet = Observed(seis + noise), Observed(seis)
+    wrong = FLAT.copy()
+    wrong[21:] += 300
+    for n_samples in (300, 1000):
+        norm = float(observed.residuals([FLAT], n_samples).norm())
+        assert observed.floor(n_samples) == pytest.approx(norm, rel=0.05)
+        assert norm < observed.enough(n_samples, 0.01)
+    rest = float(quiet.residuals([wrong], 1000).norm())
+    assert observed.enough(1000, 0.5 * rest) < float(observed.residuals([wrong], 1000).norm())
+    assert rest > EXPLAINED
 
 
 def test_residuals_of_the_true_map_vanish_in_every_window():
@@ -304,9 +320,9 @@ def test_descent_lowers_the_misfit_sample_by_sample_and_stops_at_the_noise(make)
     true = torch.from_numpy(make_maps("Style_A", 2, 0))
     seis = simulated(true)
     start = torch.nn.functional.avg_pool2d(true, 9, 1, 4, count_include_pad=False)
-    floor = torch.tensor([0.0, 1e9])
+    noise = torch.tensor([0.0, 1e9])
     cells = make(start)
-    vel, trace = descend(seis, cells, 12, floor)
+    vel, trace = descend(seis, cells, 12, noise)
     before, after = misfit(seis, simulated(start)), misfit(seis, simulated(vel))
     assert after[0] < 0.5 * before[0]
     # the other start comes back, as it can be written in the unknowns
