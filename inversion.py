@@ -3,7 +3,7 @@
 Gathers above flat layers are mirror images of themselves, and where velocity differs from source to source
 there are no layers; else curved layers and faults are sought, as the family's name says, or both. What the
 searches in few unknowns (search.py) leave unexplained is fitted cell by cell (descent.py). Of all maps
-the one of least misfit is kept, the guess among them.
+the one of least misfit is kept, the guess among them; amid noise a search's only if it explains the gather.
 """
 
 import math
@@ -88,7 +88,8 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         explained = norm < observed.enough(1000, EXPLAINED)
         if explained or whole.late:
             break
-    best = min(told, key=told.get)
+    # amid noise a wrong map may fit better than a right one that lacks detail
+    best = min(told, key=told.get) if explained or not whole.noise else "guess"
     if not explained and n_iterations and not whole.late:
         start = candidates[best][None]
         if (family or "").startswith("Style"):
@@ -105,7 +106,7 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         whole.simulations += 6.0 * len(course)  # a gradient costs about six simulations
         candidates["cells"] = cells[0]
         told["cells"] = float(misfit(seis[None], simulated(cells))[0])
-        best = min(told, key=told.get)
+        best = min(best, "cells", key=told.get)
     rounded = candidates[best].round()
     if not (family or "").startswith("Style"):
         told["rounded"] = float(misfit(seis[None], simulated(rounded[None]))[0])

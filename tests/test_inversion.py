@@ -331,6 +331,18 @@ def test_descent_lowers_the_misfit_sample_by_sample_and_stops_at_the_noise(make)
     assert (trace[:, 1] == trace[0, 1]).all() or len(trace) > 0
 
 
+@pytest.mark.parametrize("decibels, kept", [(math.inf, "search1"), (20, "guess")])
+def test_amid_noise_a_search_that_explains_little_is_not_believed(decibels, kept, monkeypatch):
+    seis, found, guess = gather(FLAT), FLAT.copy(), FLAT + 150
+    found[21:] += 300
+    noise = torch.randn(seis.shape, generator=torch.Generator().manual_seed(0))
+    noisy = seis + seis.std() * 10 ** (-decibels / 20) * noise
+    monkeypatch.setattr("inversion._searches", lambda *_: [(lambda *_: (found, 0.2), False)])
+    vel, trace = invert_one(noisy, torch.from_numpy(guess)[None].float(), "CurveVel_A", n_iterations=0)
+    assert trace["misfits"]["search1"] < trace["misfits"]["guess"]
+    assert torch.equal(vel[0], torch.from_numpy(found if kept == "search1" else guess).float()), trace
+
+
 def test_no_map_fits_worse_than_its_guess():
     true = torch.from_numpy(make_maps("Style_A", 1, 1))
     seis = simulated(true)
