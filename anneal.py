@@ -91,6 +91,7 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
     columns = [[x] for x in range(N_CELLS)]
     quadratic, n_idle = None, 0
     for _ in range(n_rounds):
+        observed.stay(norm)
         if norm < 1e-6 or n_idle == 3 or observed.late:
             break
         if quadratic is None:

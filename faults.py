@@ -218,6 +218,7 @@ def _finish(observed, theta, model):
     -> (theta, model, norm of the whole record's residuals).
     """
     norm = float(_norms(observed, model, [theta], 1000))
+    observed.stay(norm)
     unit = np.eye(len(theta))[model.n + 1 :]
 
     def ends(*steps):
@@ -248,12 +249,28 @@ def _finish(observed, theta, model):
             return theta, model, norm
 
 
-def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
-    """A map of flat layers cut by one fault that explains a gather: (map (70, 70), norm of its residuals).
+def _complete(observed, population, enough):
+    """Faults of a short window fitted to the whole record, until one leaves `enough`: (norm, map)."""
+    best = (math.inf,)
+    for _, theta, model in population:
+        for n_samples in (0, *LATER):  # first as it is: that may do
+            if n_samples:
+                theta, _ = _rescan(observed, theta, model, n_samples)
+                observed.note(n_samples, model.sharp(theta))
+            whole, finished, norm = _finish(observed, theta, model)
+            if norm < best[0]:
+                best = norm, finished.sharp(whole)
+            if best[0] < enough or observed.late:
+                return best
+    return best
 
-    Begun again with other random numbers, up to `n_starts` times, while more is left than noise and `FOUND`.
+
+def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
+    """Maps of flat layers cut by one fault that may explain a gather: yields (map (70, 70), residuals' norm).
+
+    One of each start, up to `n_starts` of each number of layers, until only noise and `FOUND` are left.
     """
-    best, top, enough = (math.inf,), top_velocity(observed), observed.enough(1000, FOUND)
+    top, enough = top_velocity(observed), observed.enough(1000, FOUND)
     beneath = depths_beneath(observed, top, increasing=True)
     for seed, n in itertools.product(range(n_starts), n_layers):
         rng = np.random.default_rng([seed, n])
@@ -287,14 +304,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
             return observed.enough(n_samples, 0.02)
 
         population = evolve(observed, population, WINDOWS, breed, target)
-        for _, theta, model in population[:2]:
-            for n_samples in (0, *LATER):  # first as it is: that may do
-                if n_samples:
-                    theta, _ = _rescan(observed, theta, model, n_samples)
-                    observed.note(n_samples, model.sharp(theta))
-                whole, finished, norm = _finish(observed, theta, model)
-                if norm < best[0]:
-                    best = norm, finished.sharp(whole)
-                if best[0] < enough or observed.late:
-                    return best[1], best[0]
-    return best[1], best[0]
+        best = _complete(observed, population[:2], enough)
+        yield best[1], best[0]
+        if best[0] < enough:
+            break

@@ -18,6 +18,7 @@ BATCH = 8  # maps simulated together
 STRIDE = 4  # every 4th sample: 250 Hz hold a signal that ends near 45 Hz
 SPAN = 8  # samples of which each is the mean where there is noise: most of that lies above the signal
 SURE = 1.06  # how much more noise there may be than is measured
+EXPLAINED = 0.06  # norm of residuals, beside the noise, at which a search has found its map
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
 QUIET = 1.5  # samples a cell from a source on, before which nothing is heard: the fastest wave takes 2.2
 NEAREST = 10  # cells: nearer receivers are not asked
@@ -26,14 +27,14 @@ NEAREST = 10  # cells: nearer receivers are not asked
 class Observed:
     """One gather to fit: seis (S, T, R), and of which of OpenFWI's sources; counts what is simulated.
 
-    `minutes` from now, `late` turns true: searches then end with what they have. `steps`: maps on the way,
-    (what it is, (70, 70) m/s) each.
+    `minutes` from now, or when a search's turn ends, `late` turns true: searches then end with what they
+    have. `steps`: maps on the way, (what it is, (70, 70) m/s) each.
     """
 
     def __init__(self, seis, sources=wave.SOURCES, minutes=math.inf):
         self.seis, self.sources = seis.float(), tuple(sources)
         self.simulations, self.steps = 0.0, []  # simulations of 5 shots and 1000 samples
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = self.turn_ends = time.monotonic() + 60 * minutes
         self.noise = self._noise(self.seis, 1)
         self.thinned_noise = self._noise(self._thinned(self.seis), STRIDE, SPAN - 1) if self.noise else 0.0
 
@@ -44,7 +45,16 @@ class Observed:
 
     @property
     def late(self):
-        return self.left < 0
+        return time.monotonic() > self.turn_ends
+
+    def turn(self, share):
+        """Begin a search's turn: it may use a share of the minutes left, or all should it `stay`."""
+        self.turn_ends = time.monotonic() + 60 * share * self.left
+
+    def stay(self, norm):
+        """Let a search have all the minutes left if residuals of such a norm explain the gather."""
+        if norm < self.enough(1000, EXPLAINED):
+            self.turn_ends = self.deadline
 
     def note(self, n_samples, vel):
         """Keep a map (70, 70) that fits the first `n_samples`."""

@@ -3,7 +3,7 @@
 Gathers above flat layers are mirror images of themselves, and where velocity differs from source to source
 there are no layers; else curved layers and faults are sought, as the family's name says, or both. What the
 searches in few unknowns (search.py) leave unexplained is fitted cell by cell (descent.py). Of all maps
-the one of least misfit is kept, the guess among them; amid noise a search's only if it explains the gather.
+the one of least misfit is kept, the guess among them; amid noise another only if it explains the gather.
 """
 
 import math
@@ -14,13 +14,13 @@ import torch
 
 from descent import Cells, Modes, descend
 from faults import find_fault
-from gauss_newton import Observed
+from gauss_newton import EXPLAINED, Observed
 from search import find_layers, surface_velocity
 from utils import V_MAX, V_MIN
 from waveform import is_flat, log_misfit, misfit, simulated
 
 FLAT = 1e-4  # relative difference of mirror images, above the noise, of gathers above flat layers
-EXPLAINED = 0.06  # norm of residuals, beside the noise, at which a search has found its map
+BELIEVED = 0.04  # misfit, beside the noise, that a fit cell by cell amid noise may leave to be believed
 # Style_A's Gaussian process; `Modes` has Style_B's by default
 STYLE_A = {"deviation": 183.0, "length": 3.5, "nugget": 20.0}
 
@@ -32,7 +32,10 @@ def _varies(observed):
 
 
 def _searches(family, flat):
-    """The searches to try for a family's name or None, in order: (f(observed, guess), one-sided) each."""
+    """The searches to try for a family's name or None, in order: (f(observed, guess), one-sided) each.
+
+    A search yields a map (70, 70), an array, and its residuals' norm for each of its starts.
+    """
     kind, _, version = (family or "").partition("_")
     increasing = version != "B"
 
@@ -67,6 +70,7 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     """
     began = time.monotonic()
     whole = Observed(seis, minutes=minutes)
+    noise_share = whole.noise / float(seis.square().mean().sqrt().clamp(min=1e-30))  # the true map's misfit
     # of two noisy mirror images the difference holds both noises
     noises = math.sqrt(2) * whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
     flat = bool(is_flat(seis[None], FLAT + 1.05 * noises)[0])
@@ -74,23 +78,29 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         family = "Style_A" if family == "Style_A" else "Style_B"
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
-    searches, explained = _searches(family, flat), False
-    for number, (search, one_sided) in enumerate(searches):
-        # the rest is left for what comes after, should this one fail
-        minutes = (0.9 if number == len(searches) - 1 else 0.7) * whole.left
-        observed = Observed(*((_one_side(seis), (0,)) if one_sided else (seis,)), minutes=minutes)
-        found, norm = search(observed, vel[0].cpu().double().numpy())
-        whole.simulations += observed.simulations
-        whole.steps += observed.steps
-        name = f"search{number + 1}"
-        candidates[name] = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
-        told[name] = float(misfit(seis[None], simulated(candidates[name][None]))[0])
-        explained = norm < observed.enough(1000, EXPLAINED)
-        if explained or whole.late:
-            break
+    side = Observed(_one_side(seis), (0,), minutes)
+    start, explained, searches = vel[0].cpu().double().numpy(), False, []
+    for number, (search, one_sided) in enumerate(_searches(family, flat), 1):
+        observed = side if one_sided else whole
+        searches.append((f"search{number}", observed, search(observed, start)))
+    while searches and whole.left >= 0.1 * minutes:  # the rest is for the fit cell by cell
+        name, observed, search = searches.pop(0)
+        observed.turn(0.7 if searches else 0.9)
+        found, norm = next(search, (None, math.inf))
+        if found is None:
+            continue
+        found = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
+        fit = float(misfit(seis[None], simulated(found[None]))[0])
+        if fit < told.get(name, math.inf):
+            candidates[name], told[name] = found, fit
+        if norm < observed.enough(1000, EXPLAINED):
+            explained, searches = True, []
+        searches.append((name, observed, search))  # turn and turn about
+    whole.simulations += side.simulations
+    whole.steps = side.steps + whole.steps
     # amid noise a wrong map may fit better than a right one that lacks detail
     best = min(told, key=told.get) if explained or not whole.noise else "guess"
-    if not explained and n_iterations and not whole.late:
+    if not explained and n_iterations and whole.left > 0:
         start = candidates[best][None]
         if (family or "").startswith("Style"):
             surface = surface_velocity(whole)[None] if whole.noise == 0 else None
@@ -106,15 +116,15 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
         whole.simulations += 6.0 * len(course)  # a gradient costs about six simulations
         candidates["cells"] = cells[0]
         told["cells"] = float(misfit(seis[None], simulated(cells))[0])
-        best = min(best, "cells", key=told.get)
+        if not whole.noise or told["cells"] < math.hypot(BELIEVED, noise_share):
+            best = min(best, "cells", key=told.get)
     rounded = candidates[best].round()
     if not (family or "").startswith("Style"):
         told["rounded"] = float(misfit(seis[None], simulated(rounded[None]))[0])
         if told["rounded"] <= told[best]:
             candidates["rounded"], best = rounded, "rounded"
     told = {name: float(f"{value:.5g}") for name, value in told.items()}
-    noise = whole.noise / float(seis.square().mean().sqrt().clamp(min=1e-30))  # the true map's misfit
-    trace = {"misfits": told, "kept": best, "noise": float(f"{noise:.3g}"), "flat": flat}
+    trace = {"misfits": told, "kept": best, "noise": float(f"{noise_share:.3g}"), "flat": flat}
     trace |= {"simulations": round(whole.simulations), "seconds": round(time.monotonic() - began, 1)}
     kept = candidates[best][0].cpu().numpy()
     trace["steps"] = [("guess", vel[0].cpu().numpy()), *whole.steps, (f"kept: {best}", kept)]

@@ -296,11 +296,10 @@ def _first_explained(observed, grown):
 
 
 def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
-    """A map of flat or curved layers that explains a gather: (map (70, 70), norm of its residuals).
+    """Maps of flat or curved layers that may explain a gather: yields (map (70, 70), norm of its residuals).
 
-    Begun again with other random numbers, up to `n_starts` times, while more than noise is left unexplained.
+    One of each start, up to `n_starts` with other random numbers, until no more than noise is unexplained.
     """
-    best = (math.inf, None)
     for seed in range(n_starts):
         rng = np.random.default_rng(seed)
         first = _first_interfaces(observed, curved, increasing, guess, rng)
@@ -311,7 +310,6 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
             velocities, cells, norm = anneal_curves(observed, layers, theta, seed=seed)
         else:
             velocities, cells, norm = _first_explained(observed, grown)
-        best = min(best, (norm, paint(velocities, cells)), key=lambda one: one[0])
-        if best[0] < observed.enough(1000, 1e-3 if curved else 1e-4) or observed.late:
+        yield paint(velocities, cells), norm
+        if norm < observed.enough(1000, 1e-3 if curved else 1e-4):
             break
-    return best[1], best[0]
