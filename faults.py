@@ -253,15 +253,20 @@ def _complete(observed, population, enough):
     """Faults of a short window fitted to the whole record, until one leaves `enough`: (norm, map)."""
     best = (math.inf,)
     for _, theta, model in population:
+        last = math.inf
         for n_samples in (0, *LATER):  # first as it is: that may do
             if n_samples:
                 theta, _ = _rescan(observed, theta, model, n_samples)
                 observed.note(n_samples, model.sharp(theta))
             whole, finished, norm = _finish(observed, theta, model)
+            stuck = abs(norm - last) < 0.01 * last  # the same map again: another start tells more
+            last = norm
             if norm < best[0]:
                 best = norm, finished.sharp(whole)
             if best[0] < enough or observed.late:
                 return best
+            if stuck:
+                break
     return best
 
 

@@ -12,7 +12,7 @@ import bench
 import synth
 from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
-from faults import _descend, _finish, _rescan, _through
+from faults import _complete, _descend, _finish, _rescan, _through
 from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import EXPLAINED, invert, invert_one
 from layers import Fault, Layers, paint, shade
@@ -226,6 +226,22 @@ def test_a_fault_nearly_found_is_finished_to_the_last_whole_unknown():
     theta, _, left = _finish(observed, near, model)
     assert norm > 0.01 > 1e-5 > left, (norm, left)
     np.testing.assert_array_equal(np.rint(theta), true)
+
+
+def test_a_start_that_ends_at_the_same_map_again_gives_way_to_the_next(monkeypatch):
+    model, theta = Fault(1, False), np.array([1800.0, 2600, 30, 130, 105, 14])
+    population = [(0.1, theta, model), (0.1, theta + np.eye(6)[0], model)]
+    norms, tried = {1800: [0.5, 0.04, 0.04, 0.01], 1801: [0.3, 0.2, 0.1, 0.05]}, []
+
+    def finish(_, theta, model):
+        tried.append(int(theta[0]))
+        return theta, model, norms[tried[-1]].pop(0)
+
+    monkeypatch.setattr("faults._finish", finish)
+    monkeypatch.setattr("faults._rescan", lambda _, theta, *rest: (theta, 0.0))
+    norm, vel = _complete(Observed(gather(FLAT, (0,)), (0,)), population, 0.001)
+    assert tried == [1800] * 3 + [1801] * 4
+    assert norm == 0.04 and (vel == model.sharp(theta)).all()
 
 
 def test_a_row_that_rounding_kept_old_is_found_and_bends_no_velocities():
