@@ -338,12 +338,14 @@ def test_descent_lowers_the_misfit_sample_by_sample_and_stops_at_the_noise(make)
     start = torch.nn.functional.avg_pool2d(true, 9, 1, 4, count_include_pad=False)
     noise = torch.tensor([0.0, 1e9])
     cells = make(start)
-    vel, _ = descend(seis, cells, 12, noise)
+    vel, trace = descend(seis, cells, 12, noise)
     before, after = misfit(seis, simulated(start)), misfit(seis, simulated(vel))
     assert after[0] < 0.5 * before[0]
     # the other start comes back, as it can be written in the unknowns
     torch.testing.assert_close(vel[1], cells.maps(cells.start)[1], rtol=0, atol=0.01)
     torch.testing.assert_close(vel[1], start[1].clamp(1503, 4497), rtol=0, atol=3.1)
+    first = trace[:3]  # a quarter of the iterations: the first window
+    assert (first[:, 1] == first[0, 1]).all() and (first[:, 0] != first[0, 0]).any()
 
 
 @pytest.mark.parametrize("decibels, kept", [(math.inf, "search1"), (20, "guess")])
