@@ -14,7 +14,7 @@ from search import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
 LATER = (520, 700, 1000)  # samples
-FOUND = 0.003  # norm of residuals at which no other start is tried
+FOUND = 0.0005  # norm of residuals at which no other start is tried
 NEAR = 0.01  # at which the fault itself is not tried anew
 FAINT = 0.001  # at which, in the whole record, nothing is tried anew: faint interfaces hide below NEAR
 UNLIKE = 0.05  # above which a map is too wrong to be finished

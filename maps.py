@@ -175,9 +175,10 @@ def _slide(field, v_min, start, end, dz):
     """A fault's block moved down by dz, and all leaning by six degrees, nothing put back yet: (140, 140)."""
     top, across = fault_line(start, end)
     x = np.arange(N_FINE)
-    line = top - across * x[:, None]
-    # what is on the line is in the block, however the line is rounded; rows below its end are wholly
-    block = (x - 1 > line - 1e-9) | (line <= 0)
+    z, first, last = x[:, None], border_point(start)[1], N_FINE - 1 - border_point(end)[1]
+    # what is on the line is in the block, however the line is rounded; the row of its end is wholly, as are
+    # those below, and that of its start is not at all
+    block = (x - 1 > top - across * z - 1e-9) & (z > first) | (z >= last)
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     return _lean(np.where(block, v_min + moved, field))
