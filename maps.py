@@ -9,6 +9,7 @@ they come); the other families are sensible stand-ins.
 import math
 
 import numpy as np
+import torch
 
 from utils import FAMILIES, V_MAX, V_MIN, check_family
 
@@ -90,6 +91,11 @@ def _shear():
     return (at, at + N_FINE + 2), at_z - row, at_x - column
 
 
+def _product(a, b):
+    """a @ b of arrays, by torch: numpy's threads and torch's, which simulate, would wait for one another."""
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
+
+
 def _cubic_shift(field, dz, dx, outside):
     """Move (140, 140) by dz whole rows and dx columns along a cubic spline, `outside` from outside."""
     source, knots = np.arange(N_FINE) - dx, np.arange(-1, N_FINE + 1)
@@ -99,7 +105,7 @@ def _cubic_shift(field, dz, dx, outside):
     weight[:, -3] += weight[:, -1]
     moved = np.full_like(field, outside)
     rows, from_rows = slice(max(dz, 0), N_FINE + min(dz, 0)), slice(max(-dz, 0), N_FINE - max(dz, 0))
-    moved[rows] = (field @ (weight[:, 1:-1] @ SPLINE_INVERSE).T)[from_rows]
+    moved[rows] = _product(field, _product(weight[:, 1:-1], SPLINE_INVERSE).T)[from_rows]
     moved[:, (source < 0) | (source > N_FINE - 1)] = outside
     return moved
 
@@ -197,7 +203,7 @@ def slip_soft(field, v_min, start, end, dz, flipped=False):
     old = result < v_min - ROUNDING_ERROR
     old ^= flipped & (np.abs(result - v_min) < FAINTEST)
     result = np.where(old, field, result)
-    return np.clip(_median(HALVING @ result @ HALVING.T), V_MIN, V_MAX)
+    return np.clip(_median(_product(_product(HALVING, result), HALVING.T)), V_MIN, V_MAX)
 
 
 def undecided(field, v_min, start, end, dz):
