@@ -60,14 +60,24 @@ def _random_fault(n, guess, rng):
     return theta, model
 
 
-def _aim(x, z, rng):
-    """The start and end of a fault through column x of row z, half cells."""
-    last, end = N_FINE - 1, int(rng.integers(*FAULT_ENDS))
+def _aim(x, z, end):
+    """The start and end of a fault through column x of row z, half cells, which ends at `end`."""
+    last = N_FINE - 1
     x, z = np.clip(x, 1, last - 1), np.clip(z, 1, last - 1)
     bottom, left = border_point(end)
     across = (x - last + bottom) / max(last - left - z, 1)
     top = x + across * z
     return (top if top <= last else last + (top - last) / across), end
+
+
+def _turned(theta, model, end):
+    """A fault that leans the other way through the middle of a map, with the same layers on both sides."""
+    theta, throw = theta.copy(), theta[-1]
+    top, across = fault_line(*theta[-3:-1])
+    theta[-3:-1] = _aim(N_FINE - 1 - top + across * N_FINE / 2, N_FINE / 2, end)
+    theta[model.n + 1 : -3] += throw / 2
+    theta[-1] = -throw
+    return theta, Fault(model.n, not model.mirrored)
 
 
 def _through(beneath, sources, top, n, guess, rng):
@@ -86,7 +96,7 @@ def _through(beneath, sources, top, n, guess, rng):
         base, moved = (right, left) if model.mirrored else (left, right)
         theta[-1] = np.rint(2 * (moved - base))
         x = 2 * rng.uniform(sources[k - 1], sources[k])  # where the fault cuts the interface, half cells
-        theta[-3:-1] = _aim(N_FINE - 1 - x if model.mirrored else x, 2 * base, rng)
+        theta[-3:-1] = _aim(N_FINE - 1 - x if model.mirrored else x, 2 * base, int(rng.integers(*FAULT_ENDS)))
     seen = int(rng.integers(2)) if base > 16 and n > 1 else 0  # one above may be too faint to be seen
     theta[n + 1 : -3] += base - theta[n + 1 + seen]
     theta[0], theta[seen + 1] = top, np.median(below)
@@ -128,19 +138,46 @@ def _descend(observed, theta, model, n_samples, n_steps):
     return gauss_newton(observed, model.smooth, *fitted, least_gain=1e-2)
 
 
+def _varied(theta, at, values):
+    """theta with some of its unknowns at values (M, len(at)): (M, P)."""
+    trials = np.repeat(theta[None], len(values), 0)
+    trials[:, at] = values
+    return trials
+
+
+def _grid(*values):
+    return np.stack(np.meshgrid(*values), -1).reshape(-1, len(values))
+
+
+def _elsewhere(theta, n):
+    """theta without its faintest interface, which may hide none, and with another somewhere else: (M, P)."""
+    faintest = int(np.argmin(np.diff(theta[:n])))
+    velocities, depths = np.delete(theta[:n], faintest + 1), np.delete(theta[n:-3], faintest)
+    trials = []
+    for depth, contrast in itertools.product(range(4, 69, 2), CONTRASTS):
+        k = int(np.searchsorted(depths, depth))
+        if velocities[k] + contrast < np.append(velocities, 4500)[k + 1]:
+            new = np.insert(velocities, k + 1, velocities[k] + contrast), np.insert(depths, k, depth)
+            trials.append(np.concatenate([*new, theta[-3:]]))
+    return np.array(trials)
+
+
 def _blocks(theta, n):
-    """Unknowns to try anew together, over their whole range: [(two indices, their values (M, 2)), ...]."""
+    """Unknowns tried anew together, over their whole range: arrays of trials (M, P), the fault's last."""
     blocks, throws = [], np.arange(THROW[0], THROW[1] + 1)
     for k in reversed(range(n - 1)):  # an interface and the velocity below it
         above = theta[n + k - 1] if k else 2.0
         below = theta[n + k + 1] if k < n - 2 else 71.0
         velocities = theta[k] + np.array([5.0, *CONTRASTS])
-        blocks.append(((n + k, k + 1), (np.arange(above + 2, below - 1, 2), velocities[velocities < 4500])))
-    start, end = theta[-3:-1]
-    blocks.append(((-3, -2), (start + np.arange(-30, 31, 6), end + np.arange(-30, 31, 6))))
-    blocks.append(((-1, -3), (np.append(throws, -throws), start + np.array([-8, -4, 0, 4, 8]))))
-    blocks = [(pair, np.stack(np.meshgrid(*values), -1).reshape(-1, 2)) for pair, values in blocks]
-    return [block for block in blocks if len(block[1])]  # between close interfaces there is no room
+        pairs = _grid(np.arange(above + 2, below - 1, 2), velocities[velocities < 4500])
+        blocks.append(_varied(theta, [n + k, k + 1], pairs))
+    blocks.append(_elsewhere(theta, n))
+    pairs = _grid(np.append(throws, -throws), theta[-3] + np.array([-8, -4, 0, 4, 8]))
+    blocks.append(_varied(theta, [-1, -3], pairs))
+    top, across = fault_line(*theta[-3:-1])
+    crossed = itertools.product(2 * theta[n:-3][:2], np.arange(-8, 9, 4), range(*FAULT_ENDS, 8))
+    blocks.append(_varied(theta, [-3, -2], [_aim(top - across * z + by, z, end) for z, by, end in crossed]))
+    return [block for block in blocks if len(block)]  # between close interfaces there is no room
 
 
 def _rescan(observed, theta, model, n_samples):
@@ -155,12 +192,7 @@ def _rescan(observed, theta, model, n_samples):
             blocks = blocks[:-2]
         if n_idle == len(blocks):
             break
-        pair, values = blocks[number % len(blocks)]
-        trials = []
-        for value in values:
-            trials.append(theta.copy())
-            trials[-1][list(pair)] = value
-        trials = [model.clip(t) for t in trials]
+        trials = [model.clip(t) for t in blocks[number % len(blocks)]]
         norms = _norms(observed, model, trials, n_samples)
         before = norm
         for i in np.argsort(norms.cpu().numpy())[:3]:
@@ -258,11 +290,11 @@ def _complete(observed, population, enough):
             if n_samples:
                 theta, _ = _rescan(observed, theta, model, n_samples)
                 observed.note(n_samples, model.sharp(theta))
-            whole, finished, norm = _finish(observed, theta, model)
+            theta, finished, norm = _finish(observed, theta, model)
             stuck = abs(norm - last) < 0.01 * last  # the same map again: another start tells more
             last = norm
             if norm < best[0]:
-                best = norm, finished.sharp(whole)
+                best = norm, finished.sharp(theta)
             if best[0] < enough or observed.late:
                 return best
             if stuck:
@@ -293,9 +325,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
             if kind < 0.4:
                 theta[-3:], model = other[-3:], other_model
             elif kind < 0.5:
-                model = Fault(model.n, not model.mirrored)
-                top, across = fault_line(*theta[-3:-1])
-                theta[-3:-1] = _aim(N_FINE - 1 - top + across * N_FINE / 2, N_FINE / 2, rng)
+                theta, model = _turned(theta, model, int(rng.integers(*FAULT_ENDS)))
             elif kind < 0.6:
                 theta[-1] *= -1
             elif kind < 0.75:
@@ -309,7 +339,9 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
             return observed.enough(n_samples, 0.02)
 
         population = evolve(observed, population, WINDOWS, breed, target)
-        best = _complete(observed, population[:2], enough)
+        lean = population[0][2].mirrored
+        others = [one for one in population[1:] if one[2].mirrored != lean]  # another start tells more
+        best = _complete(observed, [population[0], *(others or population[1:])[:1]], enough)
         yield best[1], best[0]
         if best[0] < enough:
             break

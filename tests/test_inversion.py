@@ -12,11 +12,11 @@ import bench
 import synth
 from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
-from faults import _complete, _descend, _finish, _rescan, _through
+from faults import _aim, _blocks, _complete, _descend, _elsewhere, _finish, _rescan, _through, _turned
 from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import EXPLAINED, invert, invert_one
 from layers import Fault, Layers, paint, shade
-from maps import N_FINE, make_maps, slip_soft
+from maps import FAULT_ENDS, N_FINE, fault_line, make_maps, slip_soft
 from postprocess import gaussian
 from search import _distinct, find_layers, surface_velocity, top_velocity
 from waveform import misfit, simulated
@@ -269,6 +269,45 @@ def test_faults_are_drawn_through_what_is_seen_beneath_the_sources():
         assert theta[0] == 1800 and abs(theta[-1]) == 14
         right.append(np.abs(depths[1:4] - [20, 13, 13]).max() <= 1)  # far from the fault the old may stay
     assert np.mean(right) > 0.7
+
+
+@pytest.mark.parametrize("end", range(*FAULT_ENDS, 25))
+def test_a_fault_is_aimed_through_a_point(end):
+    start, same_end = _aim(80.0, 40.0, end)
+    top, across = fault_line(start, same_end)
+    assert same_end == end
+    assert top - across * 40 == pytest.approx(80, abs=0.5)  # whole ends of the border's corner
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_fault_turned_to_lean_the_other_way_has_the_same_layers_on_both_sides(mirrored):
+    model, theta = Fault(2, mirrored), np.array([1800.0, 2600.0, 3500.0, 20.0, 40.0, 95.0, 95.0, 14.0])
+    turned, other = _turned(theta, model, 95)
+    assert other.mirrored != mirrored
+    sides = [one.sharp(one.clip(t))[:, [8, 61]] for t, one in ((theta, model), (turned, other))]
+    for v in (2200, 3000):
+        depths, turned_depths = ((side > v).argmax(0) for side in sides)
+        assert abs(depths[0] - depths[1]) >= 6
+        assert np.abs(depths - turned_depths).max() <= 1
+
+
+def test_the_faintest_interface_is_tried_elsewhere():
+    theta = np.array([1800.0, 2200.0, 2205.0, 3000.0, 15.0, 28.0, 40.0, 95.0, 95.0, 14.0])
+    trials = _elsewhere(theta, 4)
+    assert (np.diff(trials[:, :4]) > 0).all() and (np.diff(trials[:, 4:7]) >= 0).all()
+    assert (trials[:, -3:] == theta[-3:]).all()
+    assert [1800, 2200, 3000, 3500, 15, 40, 56] in trials[:, :7].tolist()
+    assert not ((trials[:, 1] == 2200) & (trials[:, 2] == 2205)).any()  # what was there is gone
+
+
+def test_blocks_change_what_they_name_alone():
+    theta = np.array([1800.0, 2200.0, 3000.0, 15.0, 40.0, 95.0, 95.0, 14.0])
+    *layers, elsewhere, throws, ends = _blocks(theta, 3)
+    for trials, changed in zip([*layers, throws, ends], [(2, 4), (1, 3), (5, 7), (5, 6)], strict=True):
+        assert tuple(np.flatnonzero((trials != theta).any(0))) == changed
+    assert len(elsewhere)
+    theta[3:5] = 40.0, 41.0  # no room between them for the second
+    assert all(len(trials) for trials in _blocks(theta, 3))
 
 
 def test_the_recognised_flat_gather_becomes_its_map():
