@@ -137,6 +137,6 @@ class Fault:
         theta, n = theta.copy(), self.n + 1
         theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
         theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
-        theta[-3:-1] = np.clip(theta[-3:-1], FAULT_ENDS[0] - 5, FAULT_ENDS[1] + 5)
+        theta[-3:-1] = np.clip(theta[-3:-1], FAULT_ENDS[0], FAULT_ENDS[1] - 1)
         theta[-1] = np.copysign(np.clip(abs(theta[-1]), *THROW), theta[-1])
         return theta
