@@ -340,7 +340,7 @@ def find_fault(observed, guess, n_layers=(4, 3, 2), n_starts=8):
 
         population = evolve(observed, population, WINDOWS, breed, target)
         lean = population[0][2].mirrored
-        others = [one for one in population[1:] if one[2].mirrored != lean]  # another start tells more
+        others = [one for one in population[1:] if one[2].mirrored != lean]  # not the same fault twice
         best = _complete(observed, [population[0], *(others or population[1:])[:1]], enough)
         yield best[1], best[0]
         if best[0] < enough:
