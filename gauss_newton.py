@@ -7,6 +7,7 @@ of what forward-mode derivatives (`torch.func.jvp` of `wave.simulate`) cost. It 
 import math
 import time
 import wave
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ SURE = 1.06  # how much more noise there may be than is measured
 EXPLAINED = 0.06  # norm of residuals, beside the noise, at which a search has found its map
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
 QUIET = 1.5  # samples a cell from a source on, before which nothing is heard: the fastest wave takes 2.2
+OUTSIDE = np.pad(np.zeros((N_CELLS - 3, N_CELLS - 2), bool), ((2, 1), (1, 1)), constant_values=True)
+FEW = 30  # maps that are sooner simulated than by `Observed.linear`
 NEAREST = 10  # cells: nearer receivers are not asked
 
 
@@ -87,9 +90,11 @@ class Observed:
 
     def _weighted(self, seis):
         """Gathers (N, S, T, R) thinned, their weight growing with time: (N, S, T', R)."""
-        thinned = self._thinned(seis)
-        time = STRIDE * torch.arange(thinned.shape[2], device=seis.device)
-        return thinned * ((time + 50) / seis.shape[2])[:, None]
+        return self._weigh(self._thinned(seis), seis.shape[2])
+
+    def _weigh(self, thinned, n_samples):
+        time = STRIDE * torch.arange(thinned.shape[2], device=thinned.device)
+        return thinned * ((time + 50) / n_samples)[:, None]
 
     def residuals(self, maps, n_samples):
         """Residuals of maps within the first samples, growing weight with time, relative: (N, D).
@@ -100,6 +105,23 @@ class Observed:
         observed = self.seis[None, :, :n]
         rest = self._weighted(self.simulate(maps, n_samples)[:, :, :n] - observed)
         return rest.flatten(1) / self._weighted(observed).norm().clamp(min=1e-30)
+
+    def linear(self, base, maps):
+        """How residuals of the whole record change from a map (70, 70) to others (N, 70, 70): (N, D).
+
+        Others of few cells, inside as `wave.jacobian` has it. Linear in their 1/v²: a cell that changes from
+        1700 to 1800 m/s is 2 % off, as is one from 3000 to 3400; one from 1700 to 2400 is 12 % off.
+        """
+        observed, geometry = self.seis[None, :, :999], replace(wave.OPENFWI, sources=self.sources)
+        change = maps**-2.0 - base**-2.0
+        cells = np.nonzero(change.any(0))
+        vel = torch.as_tensor(base, dtype=torch.float32, device=self.seis.device)
+        self.simulations += (len(self.sources) + N_CELLS) / 5
+        made = wave.jacobian(vel, *cells, STRIDE, SPAN if self.noise else 1, geometry)
+        norm = self._weighted(observed)
+        made = self._weigh(made[:, :, : norm.shape[2]], observed.shape[2]).flatten(1)
+        change = torch.as_tensor(change[(slice(None), *cells)], dtype=torch.float32, device=made.device)
+        return change @ made / norm.norm().clamp(min=1e-30)
 
     def floor(self, n_samples):
         """The norm that `residuals` of the true map would have for the noise alone."""
@@ -174,18 +196,26 @@ def changes(observed, velocities, depths, columns):
     One row for each interface of depths (K, 70) and each list of columns that move as one, then one for
     each velocity. Where a depth is at the bottom, the change is that of a cell up, reversed.
     """
-    maps, signs = [paint(velocities, depths)], []
+    base, moves, signs = paint(velocities, depths), [], []
     for k in range(len(depths)):
         for group in columns:
             moved = depths.copy()
             signs.append(1 if (depths[k, group] < N_CELLS).any() else -1)
             moved[k, group] += signs[-1]
-            maps.append(paint(velocities, moved))
+            moves.append(paint(velocities, moved))
     step = 5.0 * np.where(velocities < 4490, 1, -1)
-    maps += [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
-    residuals = observed.residuals(maps, 1000)
-    signs = torch.tensor([*signs, *[1] * len(step)], device=residuals.device)
-    return (residuals[1:] - residuals[0]) * signs[:, None], residuals[0], step
+    faster = [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
+    moves = np.stack(moves)
+    inside = ~(moves != base)[:, OUTSIDE].any(1)
+    if inside.sum() < FEW:
+        inside[:] = False
+    residuals = observed.residuals([base, *moves[~inside], *faster], 1000)
+    signs = torch.tensor(signs, device=residuals.device)[:, None]
+    rows = torch.empty(len(moves), residuals.shape[1], device=residuals.device)
+    rows[~inside] = residuals[1 : len(residuals) - len(step)] - residuals[0]
+    if inside.any():
+        rows[inside] = observed.linear(base, moves[inside])
+    return torch.cat([signs * rows, residuals[-len(step) :] - residuals[0]]), residuals[0], step
 
 
 def settle(observed, velocities, depths, increasing=True, n_rounds=12):

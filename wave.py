@@ -105,6 +105,60 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
     return seis
 
 
+def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
+    """How a map's gathers change with single cells' 1/v²: vel (Z, X) m/s -> (P, S, T', R), in (m/s)².
+
+    rows, columns: (P,) whole numbers, of cells below the sources' row and not on the map's rim, which the
+    sponge repeats. T': samples 0, every, 2 every, …, enough for frequencies up to 1 / (2 every dt), or the
+    means of `span` samples from each of those on. What a cell scatters is the second time difference of the
+    field there, convolved with what it would hear of an impulse at a receiver (reciprocity; Pratt, Shin and
+    Hicks, 1998): a simulation for each source and receiver, however many cells there are. Raises ValueError
+    for other cells or `every`, and as `simulate`.
+    """
+    acq, most = acquisition, int(1 / (8 * acquisition.peak_hz * acquisition.dt_s))
+    if not 1 <= every <= most:
+        raise ValueError(f"every: got {every}, expected 1 to {most}")
+    for name, some, first, last in (
+        ("rows", rows, max(acq.source_row, acq.receiver_row) + 1, vel.shape[0] - 2),
+        ("columns", columns, 1, vel.shape[1] - 2),
+    ):
+        if not len(some) or some.min() < first or some.max() > last:
+            raise ValueError(f"{name}: got {some}, expected cells from {first} to {last}")
+    v_min, v_max = vel.min()[None], _check(vel[None], None, acq)
+    receivers = acq.receivers or tuple(range(vel.shape[1]))
+    # So few samples do not hold what a cell hears of an impulse, but what it hears of a Gaussian. A Ricker
+    # wavelet is that Gaussian convolved with a Ricker wavelet of a slightly higher peak frequency.
+    width, later = 0.75 * every, 4 * every  # samples: the Gaussian's, and by how many all comes later
+    peak_hz = (acq.peak_hz**-2 - 2 * (math.pi * width * acq.dt_s) ** 2) ** -0.5
+    n_samples = acq.n_samples + later + span
+    forth = replace(acq, peak_hz=peak_hz, n_samples=n_samples)
+    back = replace(forth, sources=receivers, source_row=acq.receiver_row, receivers=None)
+    delay, less = (int(ricker(20 * most, acquisition=a).argmax()) for a in (acq, forth))
+    centre = later + delay - less
+    pulse = torch.exp(-0.5 * ((torch.arange(n_samples) - centre) / width) ** 2)
+    wavelet = (
+        (peak_hz / acq.peak_hz) ** 3 / (width * math.sqrt(2 * math.pi)) * ricker(n_samples, vel.dtype, forth)
+    )
+    v_source, v_receiver = (vel[a.source_row, list(a.sources)] for a in (forth, back))
+    alpha = (F.pad(vel[None, None], (acq.n_pad,) * 4, mode="replicate")[0] * acq.dt_s / acq.dx_m) ** 2
+    cells = rows + acq.n_pad, columns + acq.n_pad
+    drive = (v_source * acq.dt_s)[:, None] ** 2 * wavelet.to(vel)
+    scattered = Job(alpha, v_min, drive[None], forth, v_max).listen(*cells)
+    scattered = F.pad(scattered, (0, 0, 2, 0)).diff(2, dim=1)[:, ::every]
+    heard = Job(alpha, v_min, pulse.to(vel).expand(1, len(receivers), -1), back, v_max).listen(*cells, every)
+    size = 2 * scattered.shape[1]
+    scattered, heard = (torch.fft.rfft(x, size, dim=1).permute(2, 0, 1) for x in (scattered, heard))
+    radians = 2 * math.pi / (size * every) * torch.arange(size // 2 + 1, dtype=torch.float64)[:, None]
+    means = torch.polar(torch.ones(span).double(), radians * torch.arange(span)).mean(1)
+    heard = heard * (-every * means).to(heard)
+    kept = slice(later // every, later // every - (-acq.n_samples // every))
+    made = vel.new_empty(len(rows), len(acq.sources), -(-acq.n_samples // every), len(receivers))
+    for cell in range(len(rows)):
+        traces = torch.fft.irfft(scattered[cell][:, None] * heard[cell], size)[..., kept]
+        made[cell] = (traces * v_receiver[:, None] ** 2).transpose(1, 2)
+    return made
+
+
 def _check(vel, v_min, acq):
     """Raise ValueError for what cannot be simulated; return each map's largest velocity in m/s."""
     if vel.dtype not in (torch.float32, torch.float64):

@@ -202,6 +202,24 @@ class Job:
         self.over_lanes(work)
         return seis.unflatten(0, self.shape[:2])
 
+    def listen(self, rows, columns, every=1):
+        """Of every so many samples the fields at cells of the padded grid: (C,) each -> (N, T', C)."""
+        heard = self.empty(self.n_shots, -(-self.n_samples // every), len(rows))
+
+        def work(lanes):
+            p, p_old = self.fields(), self.fields()
+            gather = self.drive.new_empty(len(p), self.n_samples, self.nx - 2 * self.pad)
+            for lane in lanes:
+                _fill(p, p_old)
+                moving = {"drive": self.drive[lane], "gather": gather}
+                for k in range(heard.shape[1]):
+                    begin, end = max(0, (k - 1) * every + 1), k * every + 1
+                    p, p_old = self.kernel(self, PLAIN, lane, begin, end, p=p, p_old=p_old, **moving)
+                    _view(heard)[lane, k] = _view(p)[:, rows + 1, columns]
+
+        self.over_lanes(work)
+        return heard
+
     def check_memory(self):
         """Raise MemoryError where the checkpoints and buffers of a gradient would not fit."""
         n_lanes = min(torch.get_num_threads(), len(self.lanes))

@@ -9,7 +9,7 @@ import sys
 import warnings
 import wave
 from pathlib import Path
-from wave import OPENFWI, SOURCES, Acquisition, simulate
+from wave import OPENFWI, SOURCES, Acquisition, jacobian, simulate
 
 import numpy as np
 import pytest
@@ -235,6 +235,20 @@ def test_jvp_equals_central_differences():
     assert error(torch.func.jvp(f, (vel,), (change,))[1], central_difference(f, vel, change)) < 1e-7
 
 
+@pytest.mark.parametrize("span, receivers", [(1, None), (8, (12, 3))])
+def test_jacobian_equals_central_differences(span, receivers):
+    rows, columns = np.array([2, 18, 9, 12]), np.array([24, 1, 9, 13])
+    acquisition = dataclasses.replace(OPENFWI, sources=(0, 9, 20), receivers=receivers, n_samples=400)
+    vel = rough_maps(1)[0]
+    made = jacobian(vel, rows, columns, 4, span, acquisition)
+    for cell, got in zip(zip(rows, columns, strict=True), made, strict=True):
+        change = torch.zeros_like(vel)
+        change[cell] = -(vel[cell] ** 3) / 2 * 1e-9  # of 1e-9 s²/m²
+        expected = central_difference(lambda v: simulate(v[None], acquisition=acquisition)[0], vel, change)
+        expected = torch.nn.functional.avg_pool2d(expected, (span, 1), (4, 1))
+        assert error(1e-9 * got[:, : expected.shape[1]], expected) < 1e-3
+
+
 def test_a_gradient_keeps_at_most_120_mib_per_map():
     vel = torch.full((1, 70, 70), 4500.0, requires_grad=True)
     seis = simulate(vel)
@@ -260,7 +274,9 @@ def outcomes(vel, acquisition):
     vel, v_min = vel.clone().requires_grad_(), vel.amin((1, 2)).requires_grad_()
     seis = simulate(vel, acquisition=acquisition, v_min=v_min)
     (seis * torch.linspace(-1, 1, seis.numel()).to(seis).view_as(seis)).sum().backward()
-    return seis.detach(), d_seis, vel.grad, v_min.grad
+    cells = np.array([vel.shape[1] - 2, vel.shape[1] - 2]), np.array([1, vel.shape[2] // 2])
+    change = jacobian(vel.detach()[0], *cells, acquisition=acquisition)
+    return seis.detach(), d_seis, vel.grad, v_min.grad, change
 
 
 def test_without_a_compiler_the_same_numbers_and_one_warning(monkeypatch):
@@ -412,6 +428,26 @@ def test_what_cannot_be_simulated_is_refused(vel, changes, message):
 def test_a_wrong_v_min_is_refused(v_min):
     with pytest.raises(ValueError, match="expected 2 positive ones, one per map"):
         simulate(rough_maps(), acquisition=SMALL, v_min=v_min.double())
+
+
+@pytest.mark.parametrize(
+    "rows, columns, message",
+    [
+        ([1], [5], "rows: got [1], expected cells from 2 to 18"),
+        ([2, 19], [5, 5], "rows: got [ 2 19], expected cells from 2 to 18"),
+        ([5], [0], "columns: got [0], expected cells from 1 to 24"),
+        ([5], [25], "columns: got [25], expected cells from 1 to 24"),
+        ([], [], "rows: got []"),
+    ],
+)
+def test_a_jacobian_of_cells_it_does_not_hold_for_is_refused(rows, columns, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jacobian(rough_maps(1)[0], np.array(rows), np.array(columns), acquisition=SMALL)
+
+
+def test_a_jacobian_of_too_few_samples_is_refused():
+    with pytest.raises(ValueError, match="every: got 9, expected 1 to 8"):
+        jacobian(rough_maps(1)[0], np.array([5]), np.array([5]), 9)
 
 
 def test_the_largest_dt_named_is_stable_and_little_more_is_not():
