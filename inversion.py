@@ -79,23 +79,23 @@ def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
     candidates = {"guess": vel}
     told = {"guess": float(misfit(seis[None], simulated(vel[None]))[0])}
     side = Observed(_one_side(seis), (0,), minutes)
-    start, explained = vel[0].cpu().double().numpy(), False
-    searches = _searches(family, flat)
-    for number, (search, one_sided) in enumerate(searches, 1):
-        if explained or whole.left < 0.1 * minutes:  # the rest is for the fit cell by cell
-            break
-        name, observed = f"search{number}", side if one_sided else whole
-        observed.turn(0.7 if number < len(searches) else 0.9)
-        for found, norm in search(observed, start):
-            found = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
-            fit = float(misfit(seis[None], simulated(found[None]))[0])
-            if fit < told.get(name, math.inf):
-                candidates[name], told[name] = found, fit
-            if norm < observed.enough(1000, EXPLAINED):
-                explained = True
-                observed.turn(0.9)  # no other search is to follow
-            if observed.late:
-                break
+    start, explained, searches = vel[0].cpu().double().numpy(), False, []
+    for number, (search, one_sided) in enumerate(_searches(family, flat), 1):
+        observed = side if one_sided else whole
+        searches.append((f"search{number}", observed, search(observed, start)))
+    while searches and whole.left >= 0.1 * minutes:  # the rest is for the fit cell by cell
+        name, observed, search = searches.pop(0)
+        observed.turn(0.7 if searches else 0.9)
+        found, norm = next(search, (None, math.inf))
+        if found is None:
+            continue
+        found = torch.as_tensor(np.asarray(found), dtype=vel.dtype, device=vel.device)[None]
+        fit = float(misfit(seis[None], simulated(found[None]))[0])
+        if fit < told.get(name, math.inf):
+            candidates[name], told[name] = found, fit
+        if norm < observed.enough(1000, EXPLAINED):
+            explained, searches = True, []
+        searches.append((name, observed, search))  # turn and turn about
     whole.simulations += side.simulations
     whole.steps = side.steps + whole.steps
     # amid noise a wrong map may fit better than a right one that lacks detail

@@ -16,8 +16,9 @@ from layers import SPACINGS, Layers, paint, shade
 from maps import N_CELLS
 
 FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
-WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
+WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)  # samples
 UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
+SHARE = 0.2  # of the first echo's norm, that a fitted first interface may leave
 WAVELET = 110  # samples after which most of an echo's wavelet has come
 CONTRASTS = (20, 80, 180, 320, 500, 800, 1200, 1800)  # m/s, tried across a new interface
 
@@ -136,6 +137,19 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
     return starts
 
 
+def _target(observed, top):
+    """f(samples): the norm of residuals that the rounding of depths to cells leaves, beside the noise.
+
+    Of faint echoes it is a share, told by the residuals of ground without layers.
+    """
+
+    def target(n_samples):
+        echo = float(observed.residuals([np.full((N_CELLS, N_CELLS), top)], n_samples)[0].norm())
+        return observed.enough(n_samples, min(0.006 + 6e-5 * (n_samples - 100), max(SHARE * echo, UNHEARD)))
+
+    return target
+
+
 def _first_interfaces(observed, curved, increasing, guess, rng):
     """The uppermost interface: up to two fits, best first, (norm, theta, Layers)."""
     layers = Layers(1, 0.0, curved, increasing)
@@ -152,15 +166,14 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
         if rng.random() < 0.2:
             controls[rng.integers(0, m)] = rng.uniform(3, 30)
         if rng.random() < 0.3:
-            theta[1] += rng.normal(0, 150)
+            theta[1] += rng.normal(0, rng.choice([150, 600]))
         return theta, layers
 
-    starts = _first_starts(observed, layers, top_velocity(observed), guess, rng)
+    top = top_velocity(observed)
+    starts = _first_starts(observed, layers, top, guess, rng)
     population = [(math.inf, theta, layers) for theta in starts]
 
-    def target(n_samples):  # what the rounding of depths to cells leaves
-        return observed.enough(n_samples, 0.006 + 6e-5 * (n_samples - 100))
-
+    target = _target(observed, top)
     population = evolve(observed, population, FIRST_WINDOWS, breed, target)
     n_samples = FIRST_WINDOWS[-1][0]
     while n_samples < 1000:
