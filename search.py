@@ -16,7 +16,8 @@ from layers import SPACINGS, Layers, paint, shade
 from maps import N_CELLS
 
 FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
-WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)  # samples
+FLAT_WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
+WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)  # for curved layers: flanks come in late
 UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
 SHARE = 0.2  # of the first echo's norm, that a fitted first interface may leave
 WAVELET = 110  # samples after which most of an echo's wavelet has come
@@ -137,15 +138,18 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
     return starts
 
 
-def _target(observed, top):
+def _target(observed, top=None):
     """f(samples): the norm of residuals that the rounding of depths to cells leaves, beside the noise.
 
-    Of faint echoes it is a share, told by the residuals of ground without layers.
+    Given the velocity of the uppermost layer, at most a share of the echoes: the residuals without layers.
     """
 
     def target(n_samples):
-        echo = float(observed.residuals([np.full((N_CELLS, N_CELLS), top)], n_samples)[0].norm())
-        return observed.enough(n_samples, min(0.006 + 6e-5 * (n_samples - 100), max(SHARE * echo, UNHEARD)))
+        rest = 0.006 + 6e-5 * (n_samples - 100)
+        if top is not None:
+            echo = float(observed.residuals([np.full((N_CELLS, N_CELLS), top)], n_samples)[0].norm())
+            rest = min(rest, max(SHARE * echo, UNHEARD))
+        return observed.enough(n_samples, rest)
 
     return target
 
@@ -166,14 +170,14 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
         if rng.random() < 0.2:
             controls[rng.integers(0, m)] = rng.uniform(3, 30)
         if rng.random() < 0.3:
-            theta[1] += rng.normal(0, rng.choice([150, 600]))
+            theta[1] += rng.normal(0, rng.choice([150, 600]) if curved else 150)
         return theta, layers
 
     top = top_velocity(observed)
     starts = _first_starts(observed, layers, top, guess, rng)
     population = [(math.inf, theta, layers) for theta in starts]
 
-    target = _target(observed, top)
+    target = _target(observed, top if curved else None)
     population = evolve(observed, population, FIRST_WINDOWS, breed, target)
     n_samples = FIRST_WINDOWS[-1][0]
     while n_samples < 1000:
@@ -221,7 +225,8 @@ def _grow(observed, first, curved, increasing):
                 hypotheses.append((0, np.concatenate(parts), model))
     if not hypotheses:  # outcrops nearly everywhere
         hypotheses = [(0, theta, Layers(1, SPACINGS[-1], curved, increasing)) for _, theta, _ in first]
-    for n_samples in WINDOWS:
+    windows = WINDOWS if curved else FLAT_WINDOWS
+    for n_samples in windows:
         fitted, done = {}, []
         for number, (strikes, theta, layers) in enumerate(hypotheses):
             while layers.n < round(N_CELLS / layers.spacing):
@@ -253,7 +258,7 @@ def _grow(observed, first, curved, increasing):
         hypotheses = [
             (strikes + 1 if norm > limit else 0, theta, layers)
             for norm, theta, strikes, layers in done
-            if norm <= limit or strikes == 0 and n_samples < WINDOWS[-2]
+            if norm <= limit or strikes == 0 and n_samples < windows[-2]
         ][: 8 if n_samples < 500 or not curved else 4 if n_samples < 700 else 2]
     return [(norm, theta, layers) for norm, theta, _, layers in done]
 
