@@ -219,6 +219,7 @@ def draw(path, records):
 
 
 def main(argv):
+    """Train what is missing and report; raise ValueError for options that do not go together."""
     # without a usage text a mistake is one line
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--train", default="", help="folder with the training files; none: only report")

@@ -80,8 +80,8 @@ def _anneal(quadratic, layers, controls, depths, rng):
 def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
     """Curved layers near the truth, to the cell: (velocities (K+1,), first cells (K, 70), norm of residuals).
 
-    A round simulates every column of every interface moved by one cell and every velocity by 5 m/s. On the
-    quadratic form that these span, the controls of all splines are annealed, their depths rounded as the
+    A round takes the `changes` of every column of every interface moved by one cell and of every velocity. On
+    the quadratic form that these span, the controls of all splines are annealed, their depths rounded as the
     generator rounds them: 8 controls decide on 70 cells, so that well-lit columns settle the others.
     """
     rng = np.random.default_rng(seed)

@@ -364,6 +364,7 @@ def bench_csv(n):
 
 
 def main(argv):
+    """Run the benchmark that the first argument names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
     sub = what.add_parser("wave", help="simulation and its gradient against the plain loop and deepwave")

@@ -1,7 +1,8 @@
 """Gauss-Newton in few unknowns: residuals of many maps at once, derivatives by differences, damped steps.
 
 A derivative is the difference of two simulations: one more map in a batch that uses all cores, a third
-of what forward-mode derivatives (`torch.func.jvp` of `wave.simulate`) cost. It need not be exact.
+of what forward-mode derivatives (`torch.func.jvp` of `wave.simulate`) cost. It need not be exact. Those of
+many single cells come by reciprocity (`wave.jacobian`).
 """
 
 import math
@@ -194,7 +195,8 @@ def changes(observed, velocities, depths, columns):
     """How residuals change: (rows (P, D) of a cell down and of `step`, the residual (D,), `step` (K+1,)).
 
     One row for each interface of depths (K, 70) and each list of columns that move as one, then one for
-    each velocity. Where a depth is at the bottom, the change is that of a cell up, reversed.
+    each velocity. Where a depth is at the bottom, the change is that of a cell up, reversed. Moves inside are
+    linearised (`Observed.linear`), unless they are few.
     """
     base, moves, signs = paint(velocities, depths), [], []
     for k in range(len(depths)):

@@ -204,6 +204,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv):
+    """Describe, verify or pack data sets; raise ValueError for what does not go together."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "roots", nargs="*", metavar="ROOT", help="folders of OpenFWI or Kaggle training files"

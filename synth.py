@@ -357,6 +357,7 @@ def _parser():
 
 
 def main(argv):
+    """Write a data set or a figure; raise ValueError for unknown options and what does not go together."""
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:

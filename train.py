@@ -326,6 +326,7 @@ def launch(cfg, argv):
 
 
 def main(argv):
+    """Train, on as many GPUs as there are; raise ValueError for a configuration that cannot work."""
     cfg = parse(argv)
     if cfg.ckpt:
         cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
