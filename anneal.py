@@ -41,7 +41,7 @@ def _directions(basis):
     return (controls / np.abs(basis @ controls).max(0)).T
 
 
-def _anneal(quadratic, layers, controls, depths, rng):
+def _anneal(observed, quadratic, layers, controls, depths, rng):
     """Controls (K, m) of least value, and their moves from depths (K, 70): annealing (Kirkpatrick, 1983)."""
     directions = _directions(layers.basis)
     sizes = np.exp(rng.normal(-2.2, 1.0, N_PROPOSALS)) * rng.choice([-1, 1], N_PROPOSALS)
@@ -56,6 +56,8 @@ def _anneal(quadratic, layers, controls, depths, rng):
     temperatures *= max(quadratic.least, 1e-30)
     best = value, controls, moved.copy()
     for i in range(N_PROPOSALS):
+        if observed.late:
+            break
         k = first[i]
         trial = controls.copy()
         trial[k : None if together[i] else k + 1] += sizes[i] * directions[which[i]]
@@ -97,7 +99,7 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
         if quadratic is None:
             rows, residual, step = changes(observed, velocities, depths, columns)
             quadratic = _Quadratic(rows, residual, depths.size)
-        found, moved = _anneal(quadratic, layers, controls, depths, rng)
+        found, moved = _anneal(observed, quadratic, layers, controls, depths, rng)
         shares = quadratic.velocity_shares(moved)
         cells = depths + moved.reshape(depths.shape).astype(int)
         tried = [np.rint(layers.bounded(velocities + share * step * shares)) for share in (1.0, 0.5, 0.0)]

@@ -260,6 +260,8 @@ def _grow(observed, first, curved, increasing):
             for norm, theta, strikes, layers in done
             if norm <= limit or strikes == 0 and n_samples < windows[-2]
         ][: 8 if n_samples < 500 or not curved else 4 if n_samples < 700 else 2]
+        if observed.late:
+            break
     return [(norm, theta, layers) for norm, theta, _, layers in done]
 
 
