@@ -9,7 +9,7 @@ from cfg import Config
 from data import preprocess, whole
 from ensemble import Member
 from files import find_pairs, read_sample
-from inversion import invert_one
+from inversion import invert
 from maps import make_maps
 from postprocess import gaussian
 from utils import FAMILIES
@@ -53,7 +53,9 @@ def bench_inversion(args):
             noisy = clean + clean.square().mean().sqrt() * 10 ** (-ratio / 20) * noise
             for name in starts:
                 start = start_map(name, family, vel, noisy, member)
-                found, trace = invert_one(noisy, start, family, args.minutes, args.n_iterations)
+                (found,), (trace,) = invert(
+                    noisy[None], start[None], [family], args.minutes, args.n_iterations
+                )
                 pair = [float((v - vel).abs().mean()) for v in (start, found)]
                 errors.setdefault((family, ratio, name), []).append(pair)
                 cost = f"{trace['seconds']:.0f} s, {trace['simulations']} simulations"

@@ -141,47 +141,51 @@ def descend(seis, cells, n_iterations=60, noise=None, minutes=math.inf, note=lam
         observed = seis[:, :, :n] * gain
         return gain, observed, observed.flatten(1).square().sum(1).clamp(min=1e-30)
 
-    def evaluate(u, n_samples):
-        """Objective, misfit (B,) each, and gradient (B, P)."""
+    def evaluate(u, n_samples, some):
+        """Objective and misfit (b,) of some samples, and gradient (b, P)."""
         gain, observed, energy = weighted(n_samples)
         u = u.detach().requires_grad_()
-        made = cells.maps(field(u))
-        sponge = (V_MIN + span * u[:, -1]).clamp(V_MIN, V_MAX)
-        residual = wave.simulate(made, n_samples=n_samples, v_min=sponge)[:, :, : len(gain)] * gain - observed
-        fit = residual.flatten(1).square().sum(1) / energy
-        value = fit + cells.penalty(field(u))
+        made = wave.simulate(
+            cells.maps(field(u))[some],
+            n_samples=n_samples,
+            v_min=(V_MIN + span * u[some, -1]).clamp(V_MIN, V_MAX),
+        )
+        residual = made[:, :, : len(gain)] * gain - observed[some]
+        fit = residual.flatten(1).square().sum(1) / energy[some]
+        value = fit + cells.penalty(field(u))[some]
         (gradient,) = torch.autograd.grad(value.sum(), u)
-        return value.detach(), fit.detach().sqrt(), gradient
+        return value.detach(), fit.detach().sqrt(), gradient[some]
 
     trace = []
     for n_samples, part in WINDOWS.items():
         gain, _, energy = weighted(n_samples)
         floor = 1.02 * noise * (gain.square().sum() * seis[0, :, 0].numel() / energy).sqrt()
-        memory, steps = _Memory(), None
-        value, fit, gradient = evaluate(unknown, n_samples)
+        memory = _Memory()
+        value, fit, gradient = evaluate(unknown, n_samples, slice(None))
         done = torch.zeros(n_batch, dtype=torch.bool, device=vel.device)
         for _ in range(math.ceil(n_iterations / len(WINDOWS))):
             done |= fit < floor
             if done.all() or time.monotonic() - began > 60 * part * minutes:
                 break
             direction = memory.direction(gradient)
-            if steps is None:  # the first step is small: no cell moves by more than about 40 m/s
+            if not memory.steps:  # the first step is small: no cell moves by more than about 40 m/s
                 direction = direction * (0.05 / direction.abs().amax(1).clamp(min=1e-30))[:, None]
-                steps = torch.ones_like(value)
-            length = torch.ones_like(value).masked_fill(done, 0)
-            slope = (direction * gradient).sum(1)
+            length, slope = torch.ones_like(value), (direction * gradient).sum(1)
+            step, change = torch.zeros_like(unknown), torch.zeros_like(unknown)
+            some = (~done).nonzero()[:, 0]
             for _ in range(6):  # backtracking, each sample for itself (Armijo, 1966)
                 trial = unknown + length[:, None] * direction
-                trial_value, trial_fit, trial_gradient = evaluate(trial, n_samples)
-                good = (trial_value <= value + 1e-4 * length * slope) & ~done
-                if (good | done).all():
+                found = evaluate(trial, n_samples, some)
+                good = found[0] <= value[some] + 1e-4 * length[some] * slope[some]
+                taken, some = some[good], some[~good]
+                step[taken], change[taken] = trial[taken] - unknown[taken], found[2][good] - gradient[taken]
+                unknown[taken] = trial[taken]
+                value[taken], fit[taken], gradient[taken] = (part[good] for part in found)
+                if not len(some):
                     break
-                length = torch.where(good | done, length, length / 3)
-            done |= ~good
-            keep = good[:, None]
-            memory.add(torch.where(keep, trial - unknown, 0), torch.where(keep, trial_gradient - gradient, 0))
-            unknown, gradient = torch.where(keep, trial, unknown), torch.where(keep, trial_gradient, gradient)
-            value, fit = torch.where(good, trial_value, value), torch.where(good, trial_fit, fit)
-            trace.append(fit)
+                length[some] /= 3
+            done[some] = True
+            memory.add(step, change)
+            trace.append(fit.clone())
         note(n_samples, cells.maps(field(unknown)).detach())
     return cells.maps(field(unknown)).detach(), torch.stack(trace) if trace else fit[None]

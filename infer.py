@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cfg import NETWORK_FIELDS, parse
 from ensemble import Member, shares
 from gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
-from inversion import expected_gain, invert
+from inversion import expected_gain, invert, is_searched
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, mae_of, run_step, try_steps
 from pseudo import check_root, write_pseudo
 from report import (
@@ -57,6 +57,23 @@ def refine_feedback(model, seis, vel, families, cfg):
 
 def refine_inversion(model, seis, vel, families, cfg):
     return invert(seis, vel, families, cfg.refine_minutes, cfg.refine_iterations)
+
+
+def inversion_batches(numbers, families, size):
+    """Gathers in their order: one that is searched is kept as soon as it is done, for that takes minutes.
+
+    Those that are only fitted cell by cell are fitted `size` together, in the place of the first.
+    """
+    batches, together = [], []
+    for i in numbers:
+        if is_searched(families[i]):
+            batches.append([i])
+        else:
+            if len(together) % size == 0:
+                together = []
+                batches.append(together)
+            together.append(i)
+    return batches
 
 
 # name: f(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg)
@@ -241,13 +258,15 @@ class Run:
         ]
         results = self.work.results("final", job, n, fields)
         misfits = []
-        # an inversion takes minutes a gather: each is kept as soon as it is done
         todo = results.todo(1 if cfg.refine == "inversion" else cfg.batch_size)
         if cfg.refine != "none":
             for member in self.members:
                 member.load()
-        if cfg.refine == "inversion" and cfg.refine_budget:
-            todo = self.by_gain(todo, predictions)
+        if cfg.refine == "inversion":
+            if cfg.refine_budget:
+                todo = self.by_gain(todo, predictions)
+            size = cfg.batch_size if self.device.type == "cuda" else 1  # a CPU gains nothing from more
+            todo = inversion_batches([i for (i,) in todo], self.family_names(predictions), size)
         batches = self.loader(todo) if needs_misfit else ((torch.tensor(numbers), None) for numbers in todo)
         with tqdm(
             total=n, initial=n - sum(map(len, todo)), unit="map", desc="final", disable=not needs_misfit
@@ -294,8 +313,8 @@ class Run:
         if cfg.refine == "inversion" and cfg.refine_budget:
             left = cfg.refine_budget - self.spent_s / 60
             if left <= 0:
-                return vel, [{"kept": "guess", "why": "--refine_budget is spent"}]
-            cfg = dataclasses.replace(cfg, refine_minutes=min(cfg.refine_minutes, left))
+                return vel, [{"kept": "guess", "why": "--refine_budget is spent"} for _ in vel]
+            cfg = dataclasses.replace(cfg, refine_minutes=min(cfg.refine_minutes, left / len(seis)))
         vel, traces = REFINE[cfg.refine](self.model(families), seis, vel, families, cfg)
         self.spent_s += sum(trace.get("seconds", 0) for trace in traces)
         return vel, traces

@@ -432,6 +432,14 @@ def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs,
     assert sum("spent" in trace.get("why", "") for trace in traces) == 2
 
 
+def test_only_gathers_that_are_not_searched_are_inverted_together():
+    families = ["Style_A", "CurveVel_A", "Style_B", None, "CurveFault_A", "Style_A", "FlatFault_A", "Style_A"]
+    numbers = [7, 6, 5, 4, 3, 2, 1, 0]
+    batches = infer_module.inversion_batches(numbers, families, 2)
+    assert batches == [[7, 5], [6], [4, 2], [3], [1], [0]]
+    assert infer_module.inversion_batches(numbers, families, 1) == [[i] for i in numbers]
+
+
 OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
 
 

@@ -14,7 +14,7 @@ from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
 from faults import _aim, _blocks, _complete, _descend, _elsewhere, _finish, _rescan, _through, _turned
 from gauss_newton import Observed, changes, gauss_newton, settle
-from inversion import EXPLAINED, invert, invert_one
+from inversion import EXPLAINED, invert
 from layers import Fault, Layers, paint, shade
 from maps import FAULT_ENDS, N_FINE, fault_line, make_maps, slip_soft
 from postprocess import gaussian
@@ -29,6 +29,11 @@ def flat_map(velocities, cells):
 def gather(vel, sources=wave.SOURCES, **changes):
     acquisition = wave.Acquisition(**changes)
     return wave.simulate(torch.tensor(vel, dtype=torch.float32)[None], sources, acquisition=acquisition)[0]
+
+
+def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
+    (vel,), (told,) = invert(seis[None], vel[None], [family], minutes, n_iterations)
+    return vel, told
 
 
 FLAT = flat_map([1700, 2600, 3400], [20, 43])
@@ -468,6 +473,20 @@ def test_no_map_fits_worse_than_its_guess():
     vel, traces = invert(seis, guess, ["Style_A"], n_iterations=3)
     assert misfit(seis, simulated(vel)) < misfit(seis, simulated(guess))
     assert traces[0]["kept"] == "cells" and (vel - true).abs().mean() < (guess - true).abs().mean()
+
+
+def test_gathers_fitted_together_become_what_each_becomes_alone():
+    families = ["Style_A", "CurveFault_A", "Style_A", "Style_B", "CurveFault_B"]
+    true = torch.cat([torch.from_numpy(make_maps(f, 1, k)) for k, f in enumerate(families)])
+    seis, guesses = simulated(true), gaussian(true, 5.0)
+    guesses[2] = true[2] + 1  # nearly there: another number of trials in its line searches
+    vel, told = invert(seis, guesses, families, n_iterations=8)
+    for k, family in enumerate(families):
+        alone, of_it = invert_one(seis[k], guesses[k], family, n_iterations=8)
+        assert told[k]["misfits"] == pytest.approx(of_it["misfits"], rel=0.02)
+        assert told[k]["misfits"]["cells"] < told[k]["misfits"]["guess"]
+        assert len(told[k]["steps"]) == len(of_it["steps"])
+        torch.testing.assert_close(vel[k], alone, rtol=0, atol=10)
 
 
 def test_a_search_without_time_ends_with_what_it_has():
