@@ -476,17 +476,17 @@ def test_no_map_fits_worse_than_its_guess():
 
 
 def test_gathers_fitted_together_become_what_each_becomes_alone():
-    families = ["Style_A", "CurveFault_A", "Style_A", "Style_B", "CurveFault_B"]
+    families = ["Style_A", "CurveFault_A", "Style_A"]
     true = torch.cat([torch.from_numpy(make_maps(f, 1, k)) for k, f in enumerate(families)])
     seis, guesses = simulated(true), gaussian(true, 5.0)
     guesses[2] = true[2] + 1  # nearly there: another number of trials in its line searches
-    vel, told = invert(seis, guesses, families, n_iterations=8)
+    vel, told = invert(seis, guesses, families, n_iterations=4)
     for k, family in enumerate(families):
-        alone, of_it = invert_one(seis[k], guesses[k], family, n_iterations=8)
-        assert told[k]["misfits"] == pytest.approx(of_it["misfits"], rel=0.02)
+        alone, of_it = invert_one(seis[k], guesses[k], family, n_iterations=4)
+        assert told[k]["misfits"] == pytest.approx(of_it["misfits"], rel=0.01)
         assert told[k]["misfits"]["cells"] < told[k]["misfits"]["guess"]
         assert len(told[k]["steps"]) == len(of_it["steps"])
-        torch.testing.assert_close(vel[k], alone, rtol=0, atol=10)
+        torch.testing.assert_close(vel[k], alone, rtol=0, atol=2)
 
 
 def test_a_search_without_time_ends_with_what_it_has():
