@@ -63,14 +63,15 @@ def steps_figure(path, title, steps, truth, n_most=12):
 
 
 def calibration_figure(path, misfits, errors, families, correlation):
-    """Error against misfit, a point a prediction, a colour a family, into `path`."""
+    """Error against misfit, a colour a family, into `path`; drawn at 0.01 m/s and 1e-5 where less."""
     plt = pyplot()
     if plt is None:
         return
+    misfits, errors = np.maximum(misfits, 1e-5), np.maximum(errors, 0.01)  # inverted maps may have none
     fig, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for name in sorted(set(families)):
         mine = [i for i, family in enumerate(families) if family == name]
-        ax.loglog(np.asarray(misfits)[mine], np.asarray(errors)[mine], ".", label=name)
+        ax.loglog(misfits[mine], errors[mine], ".", label=name)
     ax.set(xlabel="misfit", ylabel="MAE (m/s)")
     ax.set_title(f"{len(misfits)} predictions, rank correlation {correlation:.2f}")
     ax.legend()
