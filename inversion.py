@@ -99,6 +99,8 @@ class _Course:
         for number, (search, one_sided) in enumerate(_searches(self.family, self.flat), 1):
             observed = side if one_sided else whole
             searches.append((f"search{number}", observed, search(observed, start)))
+        if self.family and not self.flat:  # the kind that is named has two starts to the other's one
+            searches[1:1] = searches[:1]
         while searches and whole.left >= 0.1 * self.minutes:  # the rest is for the fit cell by cell
             name, observed, search = searches.pop(0)
             observed.turn(0.7 if searches else 0.9)

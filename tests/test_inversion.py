@@ -170,6 +170,9 @@ def test_annealing_ends_at_the_cells_the_generator_rounded_to():
     assert 1 < np.abs(layers.sharp(theta) - layers.sharp(true)).mean()
     velocities, depths, norm = anneal_curves(observed, layers, theta)
     assert norm < 1e-5 and (paint(velocities, depths) == layers.sharp(true)).all()
+    before = observed.simulations
+    far = anneal_curves(observed, layers, true + np.r_[0, 600, 0, np.zeros(16)])
+    assert far[0][1] == 3200 and observed.simulations - before < 1  # far off: no time is spent on it
 
 
 def test_a_first_contrast_too_faint_to_be_heard_is_found_with_those_below():
@@ -443,7 +446,8 @@ def test_amid_noise_a_fit_cell_by_cell_that_explains_little_is_not_believed(deci
     assert torch.equal(vel, guess) == (kept == "guess"), trace
 
 
-def test_searches_take_turns_until_one_explains_and_that_goes_on_alone(monkeypatch):
+@pytest.mark.parametrize("family, order", [(None, "cfc"), ("CurveVel_A", "ccfc")])
+def test_searches_take_turns_until_one_explains_and_that_goes_on_alone(family, order, monkeypatch):
     called = []
 
     def search(name, *norms):
@@ -458,9 +462,10 @@ def test_searches_take_turns_until_one_explains_and_that_goes_on_alone(monkeypat
 
     searches = [search("curved", 0.9, 0.8, 0.7), search("fault", 0.5, 0.04, 0.01)]
     monkeypatch.setattr("inversion._searches", lambda *_: searches)
-    vel, trace = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
-    turns = [("curved", False, False), ("fault", False, False)] * 2
-    assert called == [*turns[:3], ("fault", False, True), ("fault", True, True)]
+    monkeypatch.setattr("inversion.is_flat", lambda seis, _: torch.tensor([False]))
+    vel, trace = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), family, n_iterations=0)
+    assert "".join(name[0] for name, *_ in called) == order + "ff"
+    assert [one[1:] for one in called] == [(False, False)] * len(order) + [(False, True), (True, True)]
     assert (vel[0].numpy() == FLAT).all() and list(trace["misfits"])[:3] == ["guess", "search1", "search2"]
 
 
