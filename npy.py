@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import os
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 GATHER_SHAPE, MAP_SHAPE = (5, 1000, 70), (1, 70, 70)
+_PARSING = threading.Lock()  # threads that parse at once make Python 3.11 fail at times (its issue 106905)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def read_header(path):
     try:
         version = np.lib.format.read_magic(header)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, dtype = read[version](header)
+        with _PARSING:
+            shape, is_fortran, dtype = read[version](header)
     except (ValueError, KeyError, EOFError) as error:
         if zipfile.is_zipfile(path):
             raise ValueError(f"{path}: an .npz archive, not a .npy file; unpack it") from None

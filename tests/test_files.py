@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -359,3 +360,19 @@ def test_the_whole_of_openfwi_is_indexed_in_seconds(tmp_path, monkeypatch):
         assert len(find_pairs([tmp_path / "root"])) == 940
         took.append(time.process_time() - started)
     assert took[0] < 5 and took[1] < 0.5
+
+
+def test_headers_read_side_by_side_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Python 3.11 raises SystemError now and then where two threads parse at once (its issue 106905)."""
+    parse, alone = np.lib.format.read_array_header_1_0, threading.Lock()
+
+    def parse_slowly(file):
+        assert alone.acquire(blocking=False)
+        time.sleep(0.001)
+        alone.release()
+        return parse(file)
+
+    for k in range(4):
+        write_pair(tmp_path, "FlatVel_A", k, n=1)
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", parse_slowly)
+    assert len(find_pairs([tmp_path])) == 4
