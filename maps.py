@@ -138,14 +138,17 @@ def _spline_inverse():
 
 
 def _halving_matrix():
-    """Half cells to cells, as an image is scaled by one half: a Gaussian of σ 0.5, then means of two."""
+    """Half cells to cells, as an image is scaled by one half: a Gaussian of σ 0.5, then means of two.
+
+    The image is mirrored at its outermost half cells, as real maps' right borders show.
+    """
     gauss = np.exp(-2.0 * np.arange(-2, 3) ** 2)
     gauss /= gauss.sum()
     matrix = np.zeros((N_CELLS, N_FINE))
     for offset in range(-2, 4):
         weight = (np.append(gauss, 0) + np.append(0, gauss))[offset + 2] / 2
-        column = np.clip(2 * np.arange(N_CELLS) + offset, 0, N_FINE - 1)
-        np.add.at(matrix, (np.arange(N_CELLS), column), weight)
+        column = np.abs(2 * np.arange(N_CELLS) + offset)
+        np.add.at(matrix, (np.arange(N_CELLS), np.minimum(column, 2 * (N_FINE - 1) - column)), weight)
     return matrix
 
 
