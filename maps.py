@@ -182,12 +182,13 @@ def fault_line(start, end):
 
 def _slide(field, v_min, start, end, dz):
     """A fault's block moved down by dz, and all leaning by six degrees, nothing put back yet: (140, 140)."""
-    top, across = fault_line(start, end)
-    x = np.arange(N_FINE)
-    z, first, last = x[:, None], border_point(start)[1], N_FINE - 1 - border_point(end)[1]
-    # what is on the line is in the block, however the line is rounded; the row of its end is wholly, as are
-    # those below, and that of its start is not at all
-    block = (x - 1 > top - across * z - 1e-9) & (z > first) | (z >= last)
+    _, across = fault_line(start, end)
+    x, (bottom, left) = np.arange(N_FINE), border_point(end)
+    z, first, last = x[:, None], border_point(start)[1], N_FINE - 1 - left
+    # written as rounding on the line itself, where two of five faults have half cells, tells of real maps; the
+    # row of the fault's end is wholly in the block, as are those below, and that of its start is not at all
+    line = across * z + (bottom - across * last)
+    block = (N_FINE - x <= line) & (z > first) | (z >= last)
     # relative to the lowest velocity, the ripples in it are exact
     moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     return _lean(np.where(block, v_min + moved, field))
