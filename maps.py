@@ -185,8 +185,8 @@ def _slide(field, v_min, start, end, dz):
     _, across = fault_line(start, end)
     x, (bottom, left) = np.arange(N_FINE), border_point(end)
     z, first, last = x[:, None], border_point(start)[1], N_FINE - 1 - left
-    # written as rounding on the line itself, where two of five faults have half cells, tells of real maps; the
-    # row of the fault's end is wholly in the block, as are those below, and that of its start is not at all
+    # of half cells on the line itself rounding decides, in this order of terms, as in real maps; the row of
+    # the fault's end is wholly in the block, as are those below, and that of its start is not at all
     line = across * z + (bottom - across * last)
     block = (N_FINE - x <= line) & (z > first) | (z >= last)
     # relative to the lowest velocity, the ripples in it are exact

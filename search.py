@@ -7,6 +7,7 @@ helps, but is not needed for layers. Sizes of populations and windows were chose
 import itertools
 import math
 import wave
+from collections import deque
 
 import numpy as np
 
@@ -273,10 +274,11 @@ def _fit_sharp(observed, layers, theta):
     )[0]
 
 
-def _retry_flat(observed, layers, theta, enough):
-    """Fit flat layers, then each interface and its velocities anew nearby: (velocities, cells, norm).
+def _retry_flat(observed, layers, theta):
+    """Fit flat layers, then each interface and its velocities anew nearby: yields (velocities, cells, norm).
 
-    Depth and velocity trade for one another in the first windows, and what lies below follows both.
+    Depth and velocity trade for one another in the first windows, and what lies below follows both. The
+    first fit, then the best so far after each interface.
     """
 
     def settled(theta):
@@ -284,9 +286,10 @@ def _retry_flat(observed, layers, theta, enough):
 
     theta = _fit_sharp(observed, layers, theta)
     best, n = settled(theta), layers.n + 1
+    yield best
     factors = 1 + np.array([-0.1, -0.06, -0.03, -0.015, 0, 0.015, 0.03, 0.06, 0.1])
     n_idle, k = 0, 0
-    while best[2] > enough and n_idle < layers.n and not observed.late:
+    while n_idle < layers.n:
         trials = []
         ranges = ((k, k + 1), (k, n), (k + 1, n))  # of velocities: above it, and all below, or only those
         for shift, factor, some in itertools.product((-1.5, -1, -0.5, 0, 0.5, 1, 1.5), factors, ranges):
@@ -302,16 +305,26 @@ def _retry_flat(observed, layers, theta, enough):
             if result[2] < best[2]:
                 theta, best = fitted, result
         n_idle, k = (0, k) if best[2] < 0.99 * before else (n_idle + 1, (k + 1) % layers.n)
-    return best
+        yield best
 
 
 def _first_explained(observed, grown):
-    """Of flat layers of several spacings the first that explain the gather, else the best."""
+    """Of flat layers of several spacings the first that explain the gather, else the best.
+
+    Turn and turn about: what cannot fit takes a minute to end.
+    """
     best, enough = (None, None, math.inf), observed.enough(1000, 1e-4)
-    for _, theta, layers in grown[:6]:  # the right spacing is rarely further down
-        best = min(best, _retry_flat(observed, layers, theta, enough), key=lambda one: one[2])
+    # the right spacing is rarely further down
+    tries = deque(_retry_flat(observed, layers, theta) for _, theta, layers in grown[:6])
+    while tries:
+        found = next(tries[0], None)
+        if found is None:
+            tries.popleft()
+            continue
+        best = min(best, found, key=lambda one: one[2])
         if best[2] < enough or observed.late:
             break
+        tries.rotate(-1)
     return best
 
 
