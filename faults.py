@@ -21,6 +21,7 @@ UNLIKE = 0.05  # above which a map is too wrong to be finished
 STEP = 3.0  # m/s: how velocities' derivatives are taken
 FARTHEST = 20.0  # times STEP, that velocities may move at once
 PRICES = (0.003, 0.03)  # of another decision than ours, times the squared norm to be explained
+SHARES = (0.3, 0.5, 0.7)  # of another decision, above which it is made
 
 
 def _map_fit(model, theta, guess, n_steps=8):
@@ -234,7 +235,7 @@ def _neighbours(observed, theta, model, derivatives, moves):
     for k, price in itertools.product(best, PRICES):
         prices = np.repeat([0, price * float(left[k] @ left[k])], (n, len(masks)))
         shares = least_squares_in_box(rows, left[k], bounds, prices)[n:]
-        for threshold in (0.3, 0.5, 0.7):
+        for threshold in SHARES:
             chosen = shares > threshold
             rest = left[k] + rows[n:][torch.from_numpy(chosen)].sum(0)
             fitted = moved[k].copy()
@@ -242,6 +243,27 @@ def _neighbours(observed, theta, model, derivatives, moves):
             other = Fault(model.n, model.mirrored, model.flipped ^ masks[chosen].any(0))
             trials.append((model.clip(np.rint(fitted)), other))
     return trials
+
+
+def _norms_of(observed, trials):
+    """Norms of the whole record's residuals of sharp maps, (theta, model) each: (N,)."""
+    return observed.residuals([model.sharp(theta) for theta, model in trials], 1000).norm(dim=1)
+
+
+def _settled(observed, theta, model):
+    """Velocities and rounding's decisions fitted where a move has led, with derivatives taken there.
+
+    -> (theta, model, norm of the whole record's residuals).
+    """
+    plain, norm = Fault(model.n, model.mirrored), math.inf
+    for _ in range(2):
+        trials = _neighbours(observed, theta, plain, _derivatives(observed, theta, plain), [0 * theta])
+        norms = _norms_of(observed, trials)
+        best = int(norms.argmin())
+        if float(norms[best]) >= norm or observed.late:
+            break
+        (theta, model), norm = trials[best], float(norms[best])
+    return theta, model, norm
 
 
 def _finish(observed, theta, model):
@@ -262,7 +284,8 @@ def _finish(observed, theta, model):
     # the side that stays is another cell higher or lower, where little of it is seen
     side = unit[:-3].sum(0) - 2 * unit[-1]
     sides = np.concatenate([by * side + ends(*range(-6, 7, 2)) for by in (-1, 1)])
-    kinds = single, ends(*range(-4, 5)), ends(*range(-20, 21, 5)), throws, sides, wide
+    near = ends(*range(-4, 5))
+    kinds = single, near, ends(*range(-20, 21, 5)), throws, sides, wide
     theta, n_idle, known = np.rint(theta), 0, {}
     model = plain = Fault(model.n, model.mirrored)  # decisions fitted where the fault was elsewhere mislead
     for moves in itertools.cycle(kinds):
@@ -271,11 +294,14 @@ def _finish(observed, theta, model):
             if one not in known:  # where theta stands
                 known[one] = _derivatives(observed, theta, one)
             trials = _neighbours(observed, theta, one, known[one], moves)
-            norms = observed.residuals([other.sharp(t) for t, other in trials], 1000).norm(dim=1)
+            norms = _norms_of(observed, trials)
             best = int(norms.argmin())
-            if float(norms[best]) >= observed.least_share * norm:
+            found = *trials[best], float(norms[best])
+            if found[-1] >= observed.least_share * norm and moves is near:
+                found = _settled(observed, *trials[int(norms[: len(PRICES) * len(SHARES)].argmin())])
+            if found[-1] >= observed.least_share * norm:
                 break
-            (theta, model), norm, n_idle, known = trials[best], float(norms[best]), 0, {}
+            (theta, model, norm), n_idle, known = found, 0, {}
         n_idle += 1
         if n_idle == len(kinds) or observed.late:  # no kind helps
             return theta, model, norm

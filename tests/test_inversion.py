@@ -12,7 +12,18 @@ import bench
 import synth
 from anneal import anneal_curves
 from descent import Cells, Modes, descend, total_variation
-from faults import _aim, _blocks, _complete, _descend, _elsewhere, _finish, _rescan, _through, _turned
+from faults import (
+    _aim,
+    _blocks,
+    _complete,
+    _descend,
+    _elsewhere,
+    _finish,
+    _rescan,
+    _settled,
+    _through,
+    _turned,
+)
 from gauss_newton import Observed, changes, gauss_newton, settle
 from inversion import EXPLAINED, invert
 from layers import Fault, Layers, paint, shade
@@ -291,6 +302,10 @@ def test_a_row_that_rounding_kept_old_is_found_and_bends_no_velocities():
     observed = Observed(gather(vel, (34,)), (34,))
     near = true + np.array([0, 4, -6, 0, 0, 0, 0, 0])
     theta, found, norm = _finish(observed, near, model)
+    np.testing.assert_array_equal(theta, true)
+    assert norm < 2e-3 and np.abs(found.sharp(theta) - vel).mean() < 0.1
+    # where a move has led, too, whatever was decided where it came from
+    theta, found, norm = _settled(observed, near, Fault(2, False, masks[0]))
     np.testing.assert_array_equal(theta, true)
     assert norm < 2e-3 and np.abs(found.sharp(theta) - vel).mean() < 0.1
 
