@@ -107,9 +107,14 @@ def _through(beneath, sources, top, n, guess, rng):
     return theta, model
 
 
+def _norms_of(observed, trials, n_samples=1000):
+    """Norms of the residuals of sharp maps, (theta, model) each: (N,)."""
+    return observed.residuals([model.sharp(theta) for theta, model in trials], n_samples).norm(dim=1)
+
+
 def _norms(observed, model, thetas, n_samples):
-    """Norms of the residuals of sharp maps: (N,)."""
-    return observed.residuals([model.sharp(t) for t in thetas], n_samples).norm(dim=1)
+    """As `_norms_of`, of one model."""
+    return _norms_of(observed, [(theta, model) for theta in thetas], n_samples)
 
 
 def _steps(model):
@@ -245,11 +250,6 @@ def _neighbours(observed, theta, model, derivatives, moves):
     return trials
 
 
-def _norms_of(observed, trials):
-    """Norms of the whole record's residuals of sharp maps, (theta, model) each: (N,)."""
-    return observed.residuals([model.sharp(theta) for theta, model in trials], 1000).norm(dim=1)
-
-
 def _settled(observed, theta, model):
     """Velocities and rounding's decisions fitted where a move has led, with derivatives taken there.
 
@@ -293,7 +293,7 @@ def _finish(observed, theta, model):
             one = model if moves is single else plain
             if one not in known:  # where theta stands
                 known[one] = _derivatives(observed, theta, one)
-            trials = _neighbours(observed, theta, one, known[one], moves)
+            trials = _neighbours(observed, theta, one, known[one], moves)  # the most promising move's first
             norms = _norms_of(observed, trials)
             best = int(norms.argmin())
             found = *trials[best], float(norms[best])

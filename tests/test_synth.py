@@ -226,8 +226,8 @@ def test_undisturbed_fault_interfaces_have_the_real_profile(shared_data):
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize(("index", "most"), [(26, 1e-4), (246, 1e-4), (252, 0.02), (311, 1e-4), (319, 1e-4)])
-def test_real_flat_faults_are_made_again(shared_data, index, most):
+@pytest.mark.parametrize("index", [26, 130, 246, 252, 311, 319, 425])
+def test_real_flat_faults_are_made_again(shared_data, index):
     """A real map's unknowns, sought without any simulation, make it again: all its edges, seams and dots.
 
     The faults of maps 26 and 246 pass through half cells: on which side these are, 0.3 m/s tell. In map 311
@@ -258,7 +258,7 @@ def test_real_flat_faults_are_made_again(shared_data, index, most):
             theta = best
     around = np.stack(np.meshgrid(np.arange(-5, 6), np.arange(-16, 17), (-1, 0, 1)), -1).reshape(-1, 3)
     theta = min((theta + move @ unit[7:] for move in around), key=error)  # along a narrow valley
-    assert error(theta) < most, theta
+    assert error(theta) < (0.02 if index == 252 else 1e-4), theta
     assert error(theta + unit[7]) > 0.2  # a fault that starts half a cell elsewhere
 
 
