@@ -13,7 +13,6 @@ import platform
 import statistics
 import tempfile
 import time
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import bench_data
-import bench_inversion
-import realism
-import wave_engine
+import waves
+from benchmarks import data_speed as bench_data
+from benchmarks import inversion_quality as bench_inversion
+from benchmarks import realism
 from cfg import Config, parse
 from data import whole
-from files import find_pairs
-from loader import make_loaders
-from npy import GATHER_SHAPE, MAP_SHAPE
-from submission import HEADER, write_submission
-from trainer import Stop, Trainer, train_epoch
+from inference.submission import HEADER, write_submission
+from openfwi.files import find_pairs
+from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
+from training.loader import make_loaders
+from training.log import BadSteps, Log, peak_memory_gb
+from training.trainer import Stop, Trainer, train_epoch
 from utils import processes, run_program
-from watch import BadSteps, Log, peak_memory_gb
+from waves import engine
 
 
-def reference_simulate(vel, acquisition=wave.OPENFWI, periodic=True):
-    """The scheme of wave.py, written the obvious way: (B, Z, X) m/s -> (B, S, T, R).
+def reference_simulate(vel, acquisition=waves.OPENFWI, periodic=True):
+    """The scheme of `waves`, written the obvious way: (B, Z, X) m/s -> (B, S, T, R).
 
     periodic=False puts zeros beyond the grid instead of its other side: wrong for OpenFWI's data.
     """
@@ -50,7 +50,7 @@ def reference_simulate(vel, acquisition=wave.OPENFWI, periodic=True):
     alpha = (F.pad(vel[:, None], (pad,) * 4, mode="replicate") * acq.dt_s / acq.dx_m) ** 2
     source = torch.tensor(acq.sources, device=vel.device)
     gain = (vel[:, acq.source_row, source] * acq.dt_s) ** 2  # (B, S)
-    wavelet = wave.ricker(acq.n_samples, vel.dtype, acq).to(vel.device)
+    wavelet = waves.ricker(acq.n_samples, vel.dtype, acq).to(vel.device)
     shot = torch.arange(len(source), device=vel.device)
 
     def advance(p, p_old, alpha, kappa, gain, begin, end):
@@ -80,7 +80,7 @@ def reference_simulate(vel, acquisition=wave.OPENFWI, periodic=True):
     return seis if acq.receivers is None else seis[..., torch.tensor(acq.receivers, device=vel.device)]
 
 
-def deepwave_simulate(vel, acquisition=wave.OPENFWI):
+def deepwave_simulate(vel, acquisition=waves.OPENFWI):
     """The nearest that deepwave comes, 0.2-3 % off: (B, Z, X) m/s -> (B, S, T, R).
 
     A call per map: several maps in one call need a copy of the map for every shot, which takes it longer.
@@ -88,7 +88,7 @@ def deepwave_simulate(vel, acquisition=wave.OPENFWI):
     import deepwave
 
     acq, n_shots = acquisition, len(acquisition.sources)
-    wavelet = wave.ricker(acq.n_samples, vel.dtype, acq).to(vel.device).expand(n_shots, 1, -1)
+    wavelet = waves.ricker(acq.n_samples, vel.dtype, acq).to(vel.device).expand(n_shots, 1, -1)
     receivers = [[[acq.receiver_row, x] for x in acq.receivers or range(vel.shape[-1])]]
     options = {
         "source_amplitudes": wavelet,
@@ -173,16 +173,16 @@ def memory_bandwidth(device):
     return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), device) for _ in range(7))
 
 
-def active_updates(vel, acquisition=wave.OPENFWI):
-    """Cell updates of a map's shots: those wave.py makes, and those of the full grid."""
+def active_updates(vel, acquisition=waves.OPENFWI):
+    """Cell updates of a map's shots: those that `waves` makes, and those of the full grid."""
     nz, nx = (n + 2 * acquisition.n_pad for n in vel.shape)
     steps = np.minimum(
-        acquisition.n_samples - np.arange(0, acquisition.n_samples, wave_engine.BLOCK), wave_engine.BLOCK
+        acquisition.n_samples - np.arange(0, acquisition.n_samples, engine.BLOCK), engine.BLOCK
     )
     fastest = int(np.ceil(vel.max().item() / 50) * 50)
     made = 0
     for source in acquisition.sources:
-        windows, _ = wave_engine.windows_of(acquisition, nz, nx, source, fastest, wave_engine.MARGIN)
+        windows, _ = engine.windows_of(acquisition, nz, nx, source, fastest, engine.MARGIN)
         made += ((windows[..., 1] - windows[..., 0]).sum(1) * steps).sum().item()
     return made, nz * nx * acquisition.n_samples * len(acquisition.sources)
 
@@ -192,9 +192,9 @@ def bench_wave(args):
     device = torch.device(args.device)
     start = time.perf_counter()
     if device.type == "cpu":
-        wave_engine.compiled()
+        engine.compiled()
     compile_s = time.perf_counter() - start
-    contenders = {"ours": wave.simulate, "plain": reference_simulate}
+    contenders = {"ours": waves.simulate, "plain": reference_simulate}
     try:
         import deepwave  # noqa: F401
 
@@ -270,7 +270,7 @@ def soak(n_maps, device, batch=20):
     start = time.perf_counter()
     for done in range(0, n_maps, batch):
         layers = 1500 + 3000 * torch.rand(batch, 7, generator=generator)
-        seis = wave.simulate(layers.repeat_interleave(10, 1)[:, :, None].expand(-1, -1, 70).to(device))
+        seis = waves.simulate(layers.repeat_interleave(10, 1)[:, :, None].expand(-1, -1, 70).to(device))
         assert seis.isfinite().all()
         if done % max(batch, n_maps // 10 // batch * batch) == 0 or done + batch >= n_maps:
             mib = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

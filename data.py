@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from files import MODE_SHAPES, check_values, find_pairs
-from npy import MAP_SHAPE
+from openfwi.files import MODE_SHAPES, check_values, find_pairs
+from openfwi.npy import MAP_SHAPE
 from utils import FAMILIES, check_family, mirror_survey
 
 # ---------------------------------------------------------------- items and their split
@@ -192,7 +192,7 @@ def flip_batch(seis, vel, chosen):
 
 
 if __name__ == "__main__":
-    import inspect_data
+    from openfwi import inspect_data
     from utils import run_program
 
     run_program(inspect_data.main)

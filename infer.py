@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cfg import NETWORK_FIELDS, parse
-from ensemble import Member, shares
-from gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
-from inversion import expected_gain, invert, is_searched
+from inference.ensemble import Member, shares
+from inference.pseudo import check_root, write_pseudo
+from inference.submission import MAP_FIELD, Work, fingerprint, write_submission
+from inference.tta import make_views, predict, predict_views
+from inversion.invert import expected_gain, invert, is_searched
+from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, mae_of, run_step, try_steps
-from pseudo import check_root, write_pseudo
-from report import (
+from report.predictions import (
     by_family,
     draw,
     draw_families,
@@ -32,8 +34,6 @@ from report import (
     print_warnings,
     write_misfits,
 )
-from submission import MAP_FIELD, Work, fingerprint, write_submission
-from tta import make_views, predict, predict_views
 from utils import (
     FAMILIES,
     V_MAX,
@@ -45,7 +45,7 @@ from utils import (
     score_table,
     write_atomic,
 )
-from waveform import MISFITS, WARNINGS, compare, feedback, simulated
+from waves.misfit import MISFITS, WARNINGS, compare, feedback, simulated
 
 # ---------------------------------------------------------------- refining
 

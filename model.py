@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfg import parse
-from encoder import N_SOURCES, SeisEncoder, conv_act, named, timm_encoder
+from networks.encoder import N_SOURCES, SeisEncoder, conv_act, named, timm_encoder
 from utils import FAMILIES, V_MAX, V_MIN, mirror_survey, run_program
 
 MAP_SIZE = 70

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import wave
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ import torch
 from numpy.lib.npyio import NpzFile
 from tqdm import tqdm
 
-from files import VEL_NAME, family_of, find_files
-from maps import FAULT_LAYERS, N_CELLS, make_maps
-from npy import MAP_SHAPE, check_array
+import waves
+from openfwi.files import VEL_NAME, family_of, find_files
+from openfwi.npy import MAP_SHAPE, check_array
+from synthetic.maps import FAULT_LAYERS, N_CELLS, make_maps
+from synthetic.vary import FileMaps, vary
 from utils import FAMILIES, V_MAX, V_MIN, check_family, pick_device, pyplot, run_program
-from vary import FileMaps, vary
 
 N_SAMPLES = 1000  # of 1 ms
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
@@ -185,7 +185,7 @@ def _write_pair(job, dtype, device, bar):
     job.seis.parent.mkdir(parents=True, exist_ok=True)
     job.vel.parent.mkdir(parents=True, exist_ok=True)
     vel, header = job.maps(), io.BytesIO()
-    shape = (job.n, len(wave.SOURCES), N_SAMPLES, N_CELLS)
+    shape = (job.n, len(waves.SOURCES), N_SAMPLES, N_CELLS)
     layout = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, layout)
     map_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
@@ -199,7 +199,7 @@ def _write_pair(job, dtype, device, bar):
         for start in range(done, job.n, BATCH):
             batch = torch.from_numpy(vel[start : start + BATCH]).to(device)
             with torch.no_grad():
-                seis = wave.simulate(batch, n_samples=N_SAMPLES)
+                seis = waves.simulate(batch, n_samples=N_SAMPLES)
             file.write(seis.cpu().numpy().astype(dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())

@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 
 import synth
-from augment import is_on
 from cfg import FREE_FIELDS, network_config, parse
 from data import load_items, mean_map, preprocess
-from files import find_pairs
-from loader import make_loaders
-from loss import parse_family_weights
 from model import build_model, check_model, load_weights
-from online import Online
-from trainer import Stop, Trainer, save_last, train_epoch
+from openfwi.files import find_pairs
+from training.augment import is_on
+from training.loader import make_loaders
+from training.log import BadSteps, Log
+from training.loss import parse_family_weights
+from training.online import Online
+from training.trainer import Stop, Trainer, save_last, train_epoch
 from utils import (
     FAMILIES,
     Score,
@@ -45,7 +46,6 @@ from utils import (
     seed_all,
     write_atomic,
 )
-from watch import BadSteps, Log
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import npy
+from openfwi import npy
 from utils import run_program
 
 ROOT = Path(__file__).parents[1]

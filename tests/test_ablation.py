@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import SMALL, write_pair
 
-import ablation
+from benchmarks import ablation
 from cfg import Config
-from files import find_pairs
+from openfwi.files import find_pairs
 from utils import ssim
 
 NARROW = " ".join(word.removeprefix("--") for word in SMALL) + " batch_size=2"

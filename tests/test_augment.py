@@ -1,16 +1,16 @@
 """Augmentation of gathers: each kind does what its name says, exactly where it can, and spoils no sample."""
 
 import dataclasses
-from wave import ricker, simulate
 
 import pytest
 import torch
 
-import augment as module
-from augment import KINDS, N_DRAWS, augment, draw, is_on, resample
 from cfg import Config
-from trainer import Trainer
+from training import augment as module
+from training.augment import KINDS, N_DRAWS, augment, draw, is_on, resample
+from training.trainer import Trainer
 from utils import Process
+from waves.equation import ricker, simulate
 
 CPU = Process(torch.device("cpu"))
 NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}

@@ -4,7 +4,7 @@ import mmap
 import pytest
 
 import bench
-import bench_data
+from benchmarks import data_speed as bench_data
 
 
 def test_every_contender_gets_a_row_and_its_rate_over_sequential_reading(tmp_path, capsys):

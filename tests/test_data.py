@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import SMALL, write_pair
 
-import files
 import train
 from cfg import Config
 from data import (
@@ -21,8 +20,9 @@ from data import (
     subsample,
     whole,
 )
-from files import find_pairs
-from loader import MAX_REPLACEMENTS, PairDataset, Recycled, TrainBatches, draws_of, make_loaders
+from openfwi import files
+from openfwi.files import find_pairs
+from training.loader import MAX_REPLACEMENTS, PairDataset, Recycled, TrainBatches, draws_of, make_loaders
 from utils import FAMILIES, Process, mirror_survey
 
 CPU = Process(torch.device("cpu"))

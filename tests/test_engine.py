@@ -12,11 +12,11 @@ import torch
 from conftest import SMALL, write_pair
 
 import train
-import watch
 from cfg import Config
-from loss import parse_family_weights, roughness, sample_losses
-from optim import MuonAdamW, Schedule, build_optimizer
-from trainer import Stop, Trainer
+from training import log as watch
+from training.loss import parse_family_weights, roughness, sample_losses
+from training.optim import MuonAdamW, Schedule, build_optimizer
+from training.trainer import Stop, Trainer
 from utils import FAMILIES, Process, load_checkpoint, pick_precision, run_program
 
 CPU = Process(torch.device("cpu"))
@@ -201,8 +201,8 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_kept_for_the_next_step(mon
     def reduce(number, op, group):
         stop.catch(15, None)  # as Python runs a handler: on return from the wait for the others
 
-    monkeypatch.setattr("trainer.dist.new_group", lambda backend: backend)
-    monkeypatch.setattr("trainer.dist.all_reduce", reduce)
+    monkeypatch.setattr("training.trainer.dist.new_group", lambda backend: backend)
+    monkeypatch.setattr("training.trainer.dist.all_reduce", reduce)
     stop = Stop(Process(torch.device("cpu"), world=2))
     try:
         assert [stop.agree(), stop.agree()] == [0, 15]

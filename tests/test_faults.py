@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, write_pair
 
-import loader
 import train
-from trainer import Trainer
+from training import loader
+from training.trainer import Trainer
 from utils import load_checkpoint
 
 N_KILLS = int(os.environ.get("N_KILLS", 3))  # EXPERIMENTS.md has 20
@@ -265,7 +265,8 @@ def test_all_ranks_skip_and_stop_alike(files, tmp_path):
     program = tmp_path / "spoilt.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import loader, train\n"
+        "import train\n"
+        "from training import loader\n"
         "whole = loader.read_into\n"
         "def spoilt(pair, index, seis, vel, check):\n"
         "    whole(pair, index, seis, vel, check)\n"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_pair
 
-import files
-from files import Index, check_values, find_pairs, read_sample, scan
-from npy import check_array, is_finite, open_array, read_header
+from openfwi import files
+from openfwi.files import Index, check_values, find_pairs, read_sample, scan
+from openfwi.npy import check_array, is_finite, open_array, read_header
 
 
 @pytest.mark.parametrize("above", ["data", "seis", "model/vel", "with space/ünïcode", "data/data"])
@@ -265,8 +265,8 @@ def test_two_thousand_files_are_read_where_only_256_may_be_open(tmp_path):
         import torch
         from cfg import Config
         from data import whole
-        from loader import make_loaders
-        from files import find_pairs
+        from training.loader import make_loaders
+        from openfwi.files import find_pairs
         from utils import Process
         pairs = find_pairs([{str(tmp_path)!r}])
         cfg = Config(batch_size=8, workers=4)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from wave import simulate
 
 import numpy as np
 import pytest
@@ -15,18 +14,19 @@ from conftest import ROOT, run_cli, write_pair
 
 import infer as infer_module
 from cfg import Config, parse
-from ensemble import Member
-from files import find_pairs
-from gathers import GatherDataset, find_gathers, find_truths, read_truth
 from infer import infer, main
+from inference.ensemble import Member
+from inference.pseudo import pair_paths
+from inference.submission import HEADER, Results, submission_rows
+from inference.tta import make_views, predict
 from model import build_model
-from npy import open_array
-from pseudo import pair_paths
-from submission import HEADER, Results, submission_rows
+from openfwi.files import find_pairs
+from openfwi.gathers import GatherDataset, find_gathers, find_truths, read_truth
+from openfwi.npy import open_array
 from synth import make_maps
-from tta import make_views, predict
 from utils import Process, mirror_survey, run_program, save_checkpoint
-from waveform import log_misfit, misfit
+from waves.equation import simulate
+from waves.misfit import log_misfit, misfit
 
 SMALL = {"arch": "seisnext", "head": "perfect", "width": 16}
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from conftest import SMALL, run_cli, write_pair
 
-import files
-import inspect_data
 import train
 from cfg import Config
 from data import load_items, preprocess, whole
-from files import MODE_SHAPES, find_pairs
-from loader import PairDataset
+from openfwi import files, inspect_data
+from openfwi.files import MODE_SHAPES, find_pairs
+from training.loader import PairDataset
 
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]
 

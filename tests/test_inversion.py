@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import wave
 
 import numpy as np
 import pytest
@@ -10,9 +9,10 @@ import torch
 
 import bench
 import synth
-from anneal import anneal_curves
-from descent import Cells, Modes, descend, total_variation
-from faults import (
+import waves
+from inversion.anneal import anneal_curves
+from inversion.cellwise import Cells, Modes, descend, total_variation
+from inversion.find_fault import (
     _aim,
     _blocks,
     _complete,
@@ -24,22 +24,22 @@ from faults import (
     _through,
     _turned,
 )
-from gauss_newton import Observed, changes, gauss_newton, settle
-from inversion import EXPLAINED, invert
-from layers import Fault, Layers, paint, shade
-from maps import FAULT_ENDS, N_FINE, fault_line, make_maps, slip_soft
+from inversion.find_layers import _distinct, _target, find_layers, surface_velocity, top_velocity
+from inversion.gauss_newton import Observed, changes, gauss_newton, settle
+from inversion.invert import EXPLAINED, invert
+from inversion.parameters import Fault, Layers, paint, shade
 from postprocess import gaussian
-from search import _distinct, _target, find_layers, surface_velocity, top_velocity
-from waveform import misfit, simulated
+from synthetic.maps import FAULT_ENDS, N_FINE, fault_line, make_maps, slip_soft
+from waves.misfit import misfit, simulated
 
 
 def flat_map(velocities, cells):
     return paint(np.array(velocities, float), np.repeat(np.array(cells)[:, None], 70, 1))
 
 
-def gather(vel, sources=wave.SOURCES, **changes):
-    acquisition = wave.Acquisition(**changes)
-    return wave.simulate(torch.tensor(vel, dtype=torch.float32)[None], sources, acquisition=acquisition)[0]
+def gather(vel, sources=waves.SOURCES, **changes):
+    acquisition = waves.Acquisition(**changes)
+    return waves.simulate(torch.tensor(vel, dtype=torch.float32)[None], sources, acquisition=acquisition)[0]
 
 
 def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=60):
@@ -100,7 +100,7 @@ def test_a_fault_of_whole_unknowns_is_the_generators(mirrored):
 def test_the_first_sample_tells_the_velocity_at_each_source():
     vel = np.repeat(np.linspace(1600, 2300, 70)[None], 70, 0)
     observed = Observed(gather(vel))
-    np.testing.assert_allclose(surface_velocity(observed), vel[1, list(wave.SOURCES)], rtol=1e-4)
+    np.testing.assert_allclose(surface_velocity(observed), vel[1, list(waves.SOURCES)], rtol=1e-4)
 
 
 def test_noise_is_measured_where_no_wave_can_be_and_hides_the_first_sample():
@@ -230,7 +230,7 @@ def test_residuals_by_reciprocity_are_those_of_moved_cells(noise, monkeypatch):
     made = {}
     for few in (30, math.inf):
         observed = Observed(seis, (9, 34))
-        monkeypatch.setattr("gauss_newton.FEW", few)
+        monkeypatch.setattr("inversion.gauss_newton.FEW", few)
         made[few] = changes(observed, velocities, depths, [[x] for x in range(70)])[0], observed.simulations
     (fast, few), (slow, many) = made.values()
     error = (fast - slow).norm(dim=1) / slow.norm(dim=1)
@@ -284,8 +284,8 @@ def test_a_start_that_ends_at_the_same_map_again_gives_way_to_the_next(monkeypat
         tried.append(int(theta[0]))
         return theta, model, norms[tried[-1]].pop(0)
 
-    monkeypatch.setattr("faults._finish", finish)
-    monkeypatch.setattr("faults._rescan", lambda _, theta, *rest: (theta, 0.0))
+    monkeypatch.setattr("inversion.find_fault._finish", finish)
+    monkeypatch.setattr("inversion.find_fault._rescan", lambda _, theta, *rest: (theta, 0.0))
     norm, vel = _complete(Observed(gather(FLAT, (0,)), (0,)), population, 0.001)
     assert tried == [1800] * 3 + [1801] * 4
     assert norm == 0.04 and (vel == model.sharp(theta)).all()
@@ -311,7 +311,7 @@ def test_a_row_that_rounding_kept_old_is_found_and_bends_no_velocities():
 
 
 def test_faults_are_drawn_through_what_is_seen_beneath_the_sources():
-    sources = wave.SOURCES
+    sources = waves.SOURCES
     beneath = [(20.0, 2600.0), (20.0, 2600.0), (13.0, 2700.0), (13.0, 2600.0), (13.0, 2600.0)]
     guess, right = np.repeat(np.linspace(1800, 4000, 70)[:, None], 70, 1), []
     for seed in range(20):
@@ -380,7 +380,7 @@ def test_the_variation_has_the_gradient_of_its_differences(p):
     )
 
 
-@pytest.mark.parametrize("make", [Cells, Modes, lambda v: Modes(v, v[:, 0, 1, list(wave.SOURCES)] + 7)])
+@pytest.mark.parametrize("make", [Cells, Modes, lambda v: Modes(v, v[:, 0, 1, list(waves.SOURCES)] + 7)])
 def test_unknowns_give_their_start_and_gradients(make):
     start = 3000 + 400 * torch.randn(2, 1, 70, 70, generator=torch.Generator().manual_seed(0)).double()
     start[:, :, :5] = start[:, :, :5].clamp(1600, 4400)
@@ -405,7 +405,7 @@ def test_modes_hold_the_surface_and_are_least_at_the_trend():
     modes = Modes(start, surface, weight=1.0)
     for unknown in (modes.start, torch.zeros_like(start), modes.start + 0.3):
         torch.testing.assert_close(
-            modes.maps(unknown)[:, 0, 1, list(wave.SOURCES)], surface, rtol=0, atol=0.05
+            modes.maps(unknown)[:, 0, 1, list(waves.SOURCES)], surface, rtol=0, atol=0.05
         )
     assert modes.penalty(torch.zeros_like(start)).max() < modes.penalty(modes.start).min()
     # drawn from the process, the penalty is the weight: its unknowns are standard normal
@@ -444,7 +444,7 @@ def test_amid_noise_a_search_that_explains_little_is_not_believed(decibels, kept
     found[21:] += 300
     noise = torch.randn(seis.shape, generator=torch.Generator().manual_seed(0))
     noisy = seis + seis.std() * 10 ** (-decibels / 20) * noise
-    monkeypatch.setattr("inversion._searches", lambda *_: [(lambda *_: iter([(found, 0.2)]), False)])
+    monkeypatch.setattr("inversion.invert._searches", lambda *_: [(lambda *_: iter([(found, 0.2)]), False)])
     vel, trace = invert_one(noisy, torch.from_numpy(guess)[None].float(), "CurveVel_A", n_iterations=0)
     assert trace["misfits"]["search1"] < trace["misfits"]["guess"]
     assert torch.equal(vel[0], torch.from_numpy(found if kept == "search1" else guess).float()), trace
@@ -455,7 +455,7 @@ def test_amid_noise_a_fit_cell_by_cell_that_explains_little_is_not_believed(deci
     seis, guess = gather(FLAT), torch.from_numpy(FLAT + 150)[None].float()
     noise = torch.randn(seis.shape, generator=torch.Generator().manual_seed(0))
     noisy = seis + seis.std() * 10 ** (-decibels / 20) * noise
-    monkeypatch.setattr("inversion._searches", lambda *_: [])
+    monkeypatch.setattr("inversion.invert._searches", lambda *_: [])
     vel, trace = invert_one(noisy, guess, "CurveVel_A", n_iterations=4)
     assert trace["misfits"]["cells"] < trace["misfits"]["guess"]
     assert torch.equal(vel, guess) == (kept == "guess"), trace
@@ -476,8 +476,8 @@ def test_searches_take_turns_until_one_explains_and_that_goes_on_alone(family, o
         return starts, False
 
     searches = [search("curved", 0.9, 0.8, 0.7), search("fault", 0.5, 0.04, 0.01)]
-    monkeypatch.setattr("inversion._searches", lambda *_: searches)
-    monkeypatch.setattr("inversion.is_flat", lambda seis, _: torch.tensor([False]))
+    monkeypatch.setattr("inversion.invert._searches", lambda *_: searches)
+    monkeypatch.setattr("inversion.invert.is_flat", lambda seis, _: torch.tensor([False]))
     vel, trace = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), family, n_iterations=0)
     assert "".join(name[0] for name, *_ in called) == order + "ff"
     assert [one[1:] for one in called] == [(False, False)] * len(order) + [(False, True), (True, True)]
@@ -552,7 +552,7 @@ def test_the_real_gather_is_explained(shared_data):
     start = torch.linspace(1650, 3300, 70)[None, :, None].expand(1, 70, 70)
     vel, told = invert_one(seis, start, n_iterations=60)
     assert told["misfits"]["cells"] < 0.06 < told["misfits"]["guess"]
-    surface = vel[0, 1, list(wave.SOURCES)]
+    surface = vel[0, 1, list(waves.SOURCES)]
     torch.testing.assert_close(
         surface, torch.tensor([1630.6, 1638.7, 1641.2, 1636.7, 1694.1]), rtol=0, atol=0.1
     )

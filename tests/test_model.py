@@ -12,10 +12,10 @@ import torch
 import torch.nn as nn
 from conftest import run_cli
 
-import encoder
 import model
 from cfg import Config
 from model import build_model, extra_loss, load_weights, predict_tta
+from networks import encoder
 from utils import mirror_survey
 
 OURS = {

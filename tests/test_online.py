@@ -9,25 +9,25 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
-from wave import simulate
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
 
-import npy
-import online as module
 import synth
 import train
 from cfg import Config
 from data import Items, whole
-from files import find_pairs
-from maps import make_maps
-from online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
-from trainer import Trainer
+from openfwi import npy
+from openfwi.files import find_pairs
+from synthetic.maps import make_maps
+from synthetic.vary import vary
+from training import online as module
+from training.online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
+from training.trainer import Trainer
 from utils import FAMILIES, Process, load_checkpoint, mirror_survey
-from vary import vary
+from waves.equation import simulate
 
 CPU = Process(torch.device("cpu"))
 
@@ -309,9 +309,9 @@ def test_simulating_processes_end_after_a_killed_run(files, tmp_path):
 import torch
 from cfg import Config
 from data import whole
-from files import find_pairs
-from maps import make_maps
-from online import Online
+from openfwi.files import find_pairs
+from synthetic.maps import make_maps
+from training.online import Online
 from utils import Process
 if __name__ == "__main__":
     cfg = Config(online=0.5, batch_size=2, online_cache={str(tmp_path / "cache")!r})

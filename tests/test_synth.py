@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import wave
 from collections import namedtuple
 
 import numpy as np
@@ -14,22 +13,23 @@ import pytest
 import torch
 from conftest import ROOT
 
-import maps
-import realism
 import synth
-from faults import _map_fit, _random_fault
+import waves
+from benchmarks import realism
+from inversion.find_fault import _map_fit, _random_fault
+from synthetic import maps
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
 KILLED_AFTER = """
 import os, signal, sys, torch, synth, wave
 torch.set_num_threads(1)
-synth.BATCH, left, simulate = 1, int(sys.argv[1]), wave.simulate
+synth.BATCH, left, simulate = 1, int(sys.argv[1]), waves.simulate
 def counted(*args, **options):
     global left
     left -= 1
     return simulate(*args, **options) if left >= 0 else os.kill(os.getpid(), signal.SIGKILL)
-wave.simulate = counted
+waves.simulate = counted
 synth.main(sys.argv[2:])
 """
 
@@ -382,7 +382,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     seis = np.load(whole / "CurveVel_A/data/data1.npy")
     assert seis.dtype == np.float16
     maps = torch.from_numpy(np.load(whole / "CurveVel_A/model/model1.npy"))
-    np.testing.assert_allclose(seis[:1], wave.simulate(maps[:1]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(seis[:1], waves.simulate(maps[:1]), rtol=1e-3, atol=1e-3)
 
     assert write_three(broken, 2) == -signal.SIGKILL
     assert not [name for name in files(broken) if name.endswith(".npy")]  # no half pair in sight

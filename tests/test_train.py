@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL, write_pair
 
 import train
 from cfg import Config
-from trainer import Trainer
+from training.trainer import Trainer
 from utils import Process, load_checkpoint, pick_precision
 
 CPU = Process(torch.device("cpu"))
@@ -114,7 +114,8 @@ def test_two_ranks_train_like_one_of_twice_the_batch_over_20_steps(files, tmp_pa
     apart_program = tmp_path / "apart.py"  # the negative control: gradients are not averaged
     apart_program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import contextlib, train, trainer\n"
+        "import contextlib, train\n"
+        "from training import trainer\n"
         "class Alone:\n"
         "    def __new__(cls, network, **options):\n"
         "        network.no_sync = contextlib.nullcontext\n"

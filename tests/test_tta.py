@@ -1,10 +1,9 @@
-import wave
-
 import pytest
 import torch
 
-from tta import DELAY, VIEWS, add_noise, make_views, predict, predict_views, stretch_time
-from waveform import misfit
+import waves
+from inference.tta import DELAY, VIEWS, add_noise, make_views, predict, predict_views, stretch_time
+from waves.misfit import misfit
 
 ALL = tuple(name for name in VIEWS if name != "plain")
 
@@ -62,9 +61,9 @@ def test_a_stretched_ramp_is_exact_and_ends_in_zeros(factor):
 def test_stretching_time_is_the_experiment_on_the_faster_map():
     depth = torch.arange(70)[:, None].expand(70, 70)
     vel = torch.where(depth < 30, 2000.0, 3000.0)[None, None]
-    seis, faster = wave.simulate(vel), wave.simulate(1.01 * vel)
+    seis, faster = waves.simulate(vel), waves.simulate(1.01 * vel)
     right, wrong = (misfit(faster, stretch_time(seis, c)).item() for c in (1.01, 1 / 1.01))
-    assert wave.ricker(1000).argmax() == DELAY
+    assert waves.ricker(1000).argmax() == DELAY
     assert right < 0.5 * misfit(faster, seis).item() and wrong > misfit(faster, seis).item()
 
 

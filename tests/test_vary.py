@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-import vary as module
-from maps import make_maps
+from synthetic import vary as module
+from synthetic.maps import make_maps
+from synthetic.vary import CHANGES, vary
 from utils import FAMILIES
-from vary import CHANGES, vary
 
 
 def rng(seed=0):

@@ -7,17 +7,17 @@ import re
 import subprocess
 import sys
 import warnings
-import wave
 from pathlib import Path
-from wave import OPENFWI, SOURCES, Acquisition, jacobian, simulate
 
 import numpy as np
 import pytest
 import torch
 
 import bench
-import wave_engine
+import waves
 from bench import reference_simulate
+from waves import engine
+from waves.equation import OPENFWI, SOURCES, Acquisition, jacobian, simulate
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -102,7 +102,7 @@ def test_inactive_cells_do_not_matter(monkeypatch):
     got = simulate(vel, sources=(17,))
     made, full = bench.active_updates(vel[0])
     assert made < 0.7 * full  # something is left out
-    monkeypatch.setattr(wave_engine, "MARGIN", 10**4)
+    monkeypatch.setattr(engine, "MARGIN", 10**4)
     assert error(got, simulate(vel, sources=(17,))) < 1e-12
 
 
@@ -148,7 +148,7 @@ def test_homogeneous_medium_gives_the_analytic_greens_function():
     v, receivers = 2000.0, (35, 55)
     acq = Acquisition((15,), receivers, 30, 30, dx_m=5.0, dt_s=2.5e-4, n_samples=1200, n_pad=70)
     got = simulate(torch.full((1, 60, 70), v).double(), acquisition=acq, v_min=torch.tensor([1e-9]).double())
-    w = wave.ricker(acq.n_samples, torch.float64, acq)
+    w = waves.ricker(acq.n_samples, torch.float64, acq)
     fine = 20  # substitute s = t - r/v cosh(u): no singularity is left
     for k, x in enumerate(receivers):
         delay = (x - 15) * acq.dx_m / v
@@ -282,15 +282,15 @@ def outcomes(vel, acquisition):
 def test_without_a_compiler_the_same_numbers_and_one_warning(monkeypatch):
     vel = rough_maps()
     expected = outcomes(vel, SMALL)
-    wave_engine.compiled.cache_clear()
-    wave_engine._say_once.cache_clear()
+    engine.compiled.cache_clear()
+    engine._say_once.cache_clear()
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.warns(RuntimeWarning, match="no C.. compiler works here"):
         got = outcomes(vel, SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         simulate(vel, acquisition=SMALL)
-    wave_engine.compiled.cache_clear()
+    engine.compiled.cache_clear()
     for a, b in zip(got, expected, strict=True):
         assert error(a, b) < 1e-11
 
@@ -299,8 +299,8 @@ def test_without_a_compiler_the_same_numbers_and_one_warning(monkeypatch):
 def test_uninitialised_memory_is_never_read(size, n_pad, n_samples, monkeypatch):
     vel = rough_maps(2, size, size, dtype=torch.float32)
     acquisition = dataclasses.replace(SMALL, n_pad=n_pad, n_samples=n_samples)
-    expected, empty = outcomes(vel, acquisition), wave_engine.Job.empty
-    monkeypatch.setattr(wave_engine.Job, "empty", lambda *args: empty(*args).fill_(math.nan))
+    expected, empty = outcomes(vel, acquisition), engine.Job.empty
+    monkeypatch.setattr(engine.Job, "empty", lambda *args: empty(*args).fill_(math.nan))
     for a, b in zip(outcomes(vel, acquisition), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -348,12 +348,13 @@ def test_memory_stays_flat():
 TRITON = """
 import sys, torch
 sys.path[:0] = {paths!r}
-import wave, wave_engine, wave_cuda, test_wave
-wave_engine.BLOCK = wave_cuda.BLOCK = 4
-survey = wave.Acquisition(sources=(1, 6), receivers=(7, 2), receiver_row=2, dt_s=5e-4, n_samples=9, n_pad=3)
+import test_wave, waves
+from waves import cuda, engine
+engine.BLOCK = cuda.BLOCK = 4
+survey = waves.Acquisition(sources=(1, 6), receivers=(7, 2), receiver_row=2, dt_s=5e-4, n_samples=9, n_pad=3)
 vel = test_wave.rough_maps(1, 5, 8, dtype=torch.{dtype})
 expected = test_wave.outcomes(vel, survey)
-wave_engine._kernel = lambda device: (wave_cuda.run, None)
+engine._kernel = lambda device: (cuda.run, None)
 print(max(test_wave.error(a, b) for a, b in zip(test_wave.outcomes(vel, survey), expected)))
 """
 
@@ -464,7 +465,7 @@ def test_the_largest_dt_named_is_stable_and_little_more_is_not():
 
 def test_too_little_memory_for_a_gradient_is_said_beforehand(monkeypatch):
     vel = rough_maps(4)
-    monkeypatch.setattr(wave_engine, "_free_bytes", lambda device: 5 * 2**20)
+    monkeypatch.setattr(engine, "_free_bytes", lambda device: 5 * 2**20)
     simulate(vel, acquisition=SMALL)
     with pytest.raises(MemoryError, match=r"needs \d+\.\d+ GiB, 0.00 GiB free; take [123] maps at a time"):
         simulate(vel.requires_grad_(), acquisition=SMALL)

@@ -1,9 +1,8 @@
-import wave
-
 import pytest
 import torch
 
-from waveform import WARNINGS, compare, feedback, is_flat, log_misfit, misfit, simulated, spearman
+import waves
+from waves.misfit import WARNINGS, compare, feedback, is_flat, log_misfit, misfit, simulated, spearman
 
 
 def maps():
@@ -70,7 +69,7 @@ def test_flat_layers_are_recognised_by_their_gather(gathers):
 
 def surface_reader(seis, factor=1.05):
     """A network of sorts: sample 0 at the first source gives the velocity there, 5 % too high."""
-    v = (seis[:, 0, 0, 0] / wave.ricker(1)[0]).clamp(min=0).sqrt() / 1e-3 * factor
+    v = (seis[:, 0, 0, 0] / waves.ricker(1)[0]).clamp(min=0).sqrt() / 1e-3 * factor
     return v.clamp(1500, 4500).view(-1, 1, 1, 1).expand(-1, 1, 70, 70).contiguous()
 
 

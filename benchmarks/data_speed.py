@@ -1,0 +1,194 @@
+"""How fast samples come: `python bench.py data`, the loader against bare reading of the same files.
+
+Contenders take turns, each over all files, first with nothing of them in the page cache, then from memory:
+`sequential` reads file after file into 1 MiB that stays in the processor's cache, as dd does, and looks at
+nothing; `batchwise` does so into the memory of a batch; `memmap` copies samples in random order out of
+np.memmap; `loader` is ours; `processes` is torch's DataLoader over the same data set.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from cfg import Config
+from data import whole
+from openfwi.files import find_pairs
+from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
+from training.loader import make_loaders
+from utils import Process, keep_memory
+
+BLOCK = 1 << 20  # bytes a read of `sequential`
+
+
+def write_files(root, n_files, n_samples, dtype):
+    """OpenFWI-like files of random numbers."""
+    rng = np.random.default_rng(0)
+    for number in range(1, n_files + 1):
+        for name, shape, kind in (("data", GATHER_SHAPE, dtype), ("model", MAP_SHAPE, "float32")):
+            path = Path(root, "FlatVel_A", name, f"{name}{number}.npy")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = np.lib.format.open_memmap(path, "w+", kind, (n_samples, *shape))
+            for row in values:
+                row[:] = 3000 + rng.standard_normal(shape, np.float32)
+            values.flush()
+
+
+def forget(paths):
+    """Take the files out of the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_sequentially(paths, n_bytes=BLOCK):
+    block = bytearray(n_bytes)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def read_mapped(pairs, order):
+    maps = [[np.load(path, mmap_mode="r") for path in (pair.seis, pair.vel)] for pair in pairs]
+    for k, i in order:
+        for array in maps[k]:
+            np.array(array[i])
+
+
+def drain(loader):
+    n = 0
+    for batch in loader:
+        n += len(batch[0])
+    return n
+
+
+def own_memory():
+    """Bytes that are this process's alone (USS) and its share of all (PSS)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kib = {words[0]: int(words[1]) for words in map(str.split, lines)}
+    return 1024 * (kib["Private_Clean:"] + kib["Private_Dirty:"]), 1024 * kib["Pss:"]
+
+
+def loader_of(items, workers, batch_size):
+    cfg = Config(batch_size=batch_size, workers=workers)
+    return make_loaders(cfg, Process(torch.device("cpu")), items, items[:1])[0]
+
+
+def bench_data(args):
+    """Print how fast the loader reads, beside bare reading of the same files; with --soak its memory."""
+    keep_memory()
+    with tempfile.TemporaryDirectory(dir=args.folder) as root:
+        write_files(root, args.files, args.samples, args.dtype)
+        pairs = find_pairs([root])
+        items, paths = whole(pairs), [path for pair in pairs for path in (pair.seis, pair.vel)]
+        n, sample_bytes = len(items), sum(os.path.getsize(path) for path in paths) / len(items)
+        if args.soak:
+            return soak(items, args)
+        order = items.rows[np.random.default_rng(0).permutation(n)].tolist()
+        contenders = {
+            "sequential": lambda: read_sequentially(paths),
+            "batchwise": lambda: read_sequentially(paths, round(args.batch_size * sample_bytes)),
+            "memmap": lambda: read_mapped(pairs, order),
+        }
+        for workers in args.workers:
+            loader = loader_of(items, workers, args.batch_size)
+            assert len(loader) * args.batch_size == n, "samples must fill whole batches"
+            contenders[f"loader {workers}"] = lambda loader=loader: drain(loader)
+        for workers in args.processes:
+            ours = loader_of(items, 0, args.batch_size)
+            options = {
+                "batch_sampler": ours.batch_sampler,
+                "num_workers": workers,
+                "persistent_workers": True,
+            }
+            torchs = DataLoader(ours.dataset, **options)
+            contenders[f"processes {workers}"] = lambda loader=torchs: drain(loader)
+        print(
+            f"{n} samples of {sample_bytes / 1e6:.2f} MB, {args.dtype}, in {len(pairs)} pairs of files, "
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        )
+        times = {name: {"cold": [], "warm": []} for name in contenders}
+        cpu_s = {name: [] for name in contenders}
+        for state, repeats in (("cold", args.cold), ("warm", args.repeats)):
+            for run in contenders.values():
+                run()  # opens, starts workers, fills the page cache
+            for _ in range(repeats):
+                for name, run in contenders.items():
+                    if state == "cold":
+                        forget(paths)
+                    started, cpu_started = time.perf_counter(), time.process_time()
+                    run()
+                    times[name][state].append(time.perf_counter() - started)
+                    if state == "warm":
+                        cpu_s[name].append(time.process_time() - cpu_started)
+    result = table(times, cpu_s, n, sample_bytes)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": result, "times_s": times, "cpu_s": cpu_s}, indent=1))
+
+
+def table(times, cpu_s, n, sample_bytes):
+    """Print medians, each contender's rate over the sequential one's in the same round (median), CPU time.
+
+    The CPU time, all threads', is of this process alone: worker processes' own is not in it.
+    """
+    columns = "".join(f"{state:>8} {'samples/s':>9} {'MB/s':>6} {'of dd':>6}" for state in ("cold", "warm"))
+    print(f"{'who':<14}{columns} {'CPU us a sample':>16}")
+    rows = []
+    for name, states in times.items():
+        row, text = {"who": name, "cpu_s_per_sample": statistics.median(cpu_s[name]) / n}, f"{name:<14}"
+        for state, took in states.items():
+            rate = n / statistics.median(took)
+            ratio = statistics.median(a / b for a, b in zip(times["sequential"][state], took, strict=True))
+            row[state] = {"samples_per_s": rate, "MB_per_s": rate * sample_bytes / 1e6, "ratio": ratio}
+            text += f"{'':8} {rate:>9.0f} {row[state]['MB_per_s']:>6.0f} {ratio:>6.2f}"
+        print(f"{text} {1e6 * row['cpu_s_per_sample']:>16.0f}")
+        rows.append(row)
+    return rows
+
+
+def soak(items, args):
+    """Read args.soak samples with each number of workers and print what memory that takes."""
+    for workers in args.workers:
+        loader = loader_of(items, workers, args.batch_size)
+        batch_bytes = sum(t.nbytes for t in loader.dataset.read_batch(range(args.batch_size))[:2])
+        held, n, epoch, marks = own_memory(), 0, 0, []
+        while n < args.soak:
+            loader.batch_sampler.epoch = epoch
+            n, epoch = n + drain(loader), epoch + 1
+            marks.append((n, own_memory()))
+        print(f"{workers} workers, batches of {batch_bytes / 1e6:.1f} MB; before: USS {held[0] / 1e6:.0f} MB")
+        for n, (uss, pss) in (marks[0], marks[len(marks) // 2], marks[-1]):
+            grown = (uss - held[0] - batch_bytes) / batch_bytes / workers
+            print(
+                f"{n:>8} samples: USS {uss / 1e6:.0f} MB, PSS {pss / 1e6:.0f} MB: "
+                f"beyond the interpreter and the batch in use {grown:.2f} batches a worker",
+                flush=True,
+            )
+
+
+def add_arguments(sub):
+    """The options of `bench.py data`."""
+    sub.add_argument("--files", type=int, default=4, help="pairs to make")
+    sub.add_argument(
+        "--samples", type=int, default=160, help="a file; files x samples must fill whole batches"
+    )
+    sub.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the gathers")
+    sub.add_argument("--batch_size", type=int, default=16)
+    numbers = {"type": lambda s: [int(k) for k in s.split(",") if k], "metavar": "1,2,4"}
+    sub.add_argument("--workers", **numbers, default=[1, 2, 3, 4], help="numbers of the loader's threads")
+    sub.add_argument(
+        "--processes", **numbers, default=[2], help="numbers of worker processes of torch's DataLoader"
+    )
+    sub.add_argument("--repeats", type=int, default=9, help="warm turns")
+    sub.add_argument("--cold", type=int, default=3, help="cold turns")
+    sub.add_argument("--folder", help="where to put the files (default: the system's temporary folder)")
+    sub.add_argument("--soak", type=int, metavar="N", help="instead read N samples and watch the memory")
+    sub.add_argument("--json", metavar="FILE", help="write every number there")

@@ -1,0 +1,69 @@
+"""Waveform inversion from several starts and through noise: `python bench.py inversion`."""
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from cfg import Config
+from data import preprocess, whole
+from inference.ensemble import Member
+from inversion.invert import invert
+from openfwi.files import find_pairs, read_sample
+from postprocess import gaussian
+from synthetic.maps import make_maps
+from utils import FAMILIES
+
+
+def add_arguments(parser):
+    """The options of `bench.py inversion`."""
+    parser.add_argument(
+        "--input", required=True, metavar="DIR", help="gathers and their maps, OpenFWI layout"
+    )
+    parser.add_argument("--ckpt", help="a checkpoint, for the start `network`")
+    parser.add_argument(
+        "--starts", default="mean", help="of network, mean, smooth3, smooth10, ... (σ in cells)"
+    )
+    parser.add_argument("--snr", default="inf", help="signal-to-noise ratios, dB; inf = no noise")
+    parser.add_argument("--minutes", type=float, default=10.0, help="at most so many for a map")
+    parser.add_argument("--n_iterations", type=int, default=30, help="of the fit cell by cell")
+
+
+def start_map(name, family, vel, seis, member):
+    """A map (1, 70, 70) to start from: a network's, the mean of synthetic ones, or the truth blurred."""
+    if name == "network":
+        return member(preprocess(seis[None], member.mode))[0].float()
+    if name == "mean":
+        return torch.from_numpy(make_maps(family, 200, seed=0)).mean(0)
+    return gaussian(vel[None], float(name.removeprefix("smooth")))[0]
+
+
+def bench_inversion(args):
+    """Print the error before and after of each map, and their means and medians."""
+    ratios, starts = [float(r) for r in args.snr.split(",")], args.starts.split(",")
+    if "network" in starts and not args.ckpt:
+        raise ValueError("--starts=network needs the network's checkpoint; give --ckpt=FILE")
+    member = Member(Config(ckpt=args.ckpt), Path(args.ckpt), torch.device("cpu")) if args.ckpt else None
+    errors, items = {}, whole(find_pairs([args.input]))
+    for number, (item, index) in enumerate(zip(items, items.families.tolist(), strict=True)):
+        clean, vel = (torch.as_tensor(array).float() for array in read_sample(*item))
+        family = FAMILIES[index]
+        for ratio in ratios:
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
+            noisy = clean + clean.square().mean().sqrt() * 10 ** (-ratio / 20) * noise
+            for name in starts:
+                start = start_map(name, family, vel, noisy, member)
+                (found,), (trace,) = invert(
+                    noisy[None], start[None], [family], args.minutes, args.n_iterations
+                )
+                pair = [float((v - vel).abs().mean()) for v in (start, found)]
+                errors.setdefault((family, ratio, name), []).append(pair)
+                cost = f"{trace['seconds']:.0f} s, {trace['simulations']} simulations"
+                fits = ", ".join(f"{k} {misfit:.4f}" for k, misfit in trace["misfits"].items())
+                case = f"{family} {number:3} {ratio:5.0f} dB, from {name:8}"
+                print(f"{case} {pair[0]:7.2f} -> {pair[1]:7.2f} m/s, {cost}; misfits: {fits}", flush=True)
+    print(f"\n{'family':12} {'dB':>5} {'start':9} {'before':>8} {'after':>8} {'median':>8}   MAE, m/s")
+    for (family, ratio, name), pairs in errors.items():
+        before, after = zip(*pairs, strict=True)
+        numbers = statistics.mean(before), statistics.mean(after), statistics.median(after)
+        print(f"{family:12} {ratio:5.0f} {name:9} " + " ".join(f"{n:8.2f}" for n in numbers))

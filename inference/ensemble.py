@@ -1,0 +1,78 @@
+"""The networks that predict together: loaded from checkpoints of any kind, and their shares."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from cfg import network_config
+from data import preprocess
+from model import build_model, load_weights
+from utils import AUTOCAST, FAMILIES, averaged_weights, load_checkpoint, pick_precision
+from waves.misfit import is_flat
+
+FLAT = FAMILIES.index("FlatVel_B")  # what a gather above flat layers is taken for: B asks less of them than A
+
+
+class Member:
+    """A checkpoint's network; a call takes its own mode's gathers and gives maps (B, 1, 70, 70) m/s.
+
+    The checkpoint brings its network's options; a bare state dict's come from a `.json` of its name beside
+    it, or from the command line. Raises ValueError where they do not fit.
+    """
+
+    def __init__(self, cfg, path, device):
+        checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
+        if "cfg" not in checkpoint and options.is_file():
+            try:
+                checkpoint["cfg"] = dict(json.loads(options.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{options}: not the network's options as JSON ({error}); correct it"
+                ) from None
+        mine = copy.copy(cfg)
+        mine.ckpt = str(path)
+        if "," in cfg.ckpt and "cfg" in checkpoint:
+            mine.given = frozenset()  # among several, the command line describes those that bring no options
+        self.cfg = network_config(mine, checkpoint)
+        self.network = build_model(self.cfg).eval().requires_grad_(False)
+        load_weights(self.network, averaged_weights(checkpoint), path)
+        self.mode, self.device = self.cfg.mode, device
+        self.dtype = AUTOCAST.get(pick_precision(cfg.precision, device))
+        self.forward = self.network
+        if cfg.compile != "off":
+            self.forward = torch.compile(self.network, mode=cfg.compile)
+
+    def load(self, device=None):
+        """Bring the network to a device, its own by default."""
+        self.network.to(device or self.device)
+        return self
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    @torch.no_grad()
+    def __call__(self, seis):
+        with self._autocast():
+            return self.forward(seis)
+
+    @torch.no_grad()
+    def families(self, seis):
+        """Full gathers -> (B,) indices of FAMILIES: by the classifier head, else FLAT or -1 by symmetry."""
+        if not self.cfg.classify_family:
+            return torch.where(is_flat(seis), FLAT, -1)
+        with self._autocast():
+            return self.network(preprocess(seis, self.mode), extras=True)[1]["family"].argmax(1)
+
+
+def shares(given, fitted, n):
+    """The checkpoints' weights, normalised: given, fitted, or equal; ValueError where they are no shares."""
+    weights = given or fitted or (1.0,) * n
+    if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise ValueError(
+            f"--ensemble_weights={','.join(map(str, weights))}: expected {n}, one a checkpoint, "
+            "none below 0, not all 0"
+        )
+    return [w / sum(weights) for w in weights]

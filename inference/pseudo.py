@@ -1,0 +1,49 @@
+"""Predictions as training data: each with the gather the wave equation gives it, an exact pair."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from openfwi.npy import GATHER_SHAPE
+from utils import FAMILIES, write_atomic
+from waves.misfit import simulated
+
+PER_FILE = 500  # samples, as in OpenFWI
+
+
+def check_root(root):
+    """Raise ValueError where a folder holds .npy files: they would be taken for pseudo-labels."""
+    if found := next(Path(root).rglob("*.npy"), None):
+        raise ValueError(f"{root}: holds {found.name} already; give an empty folder by --pseudo=DIR")
+
+
+def pair_paths(root, family, number):
+    """(seismic, velocity) paths of a family's file `number`, from 0, named as in OpenFWI."""
+    if "Fault" in family:
+        layers = 2 if family.endswith("A") else 6
+        return tuple(Path(root, family, f"{what}{layers}_1_{number}.npy") for what in ("seis", "vel"))
+    return tuple(Path(root, family, what, f"{what}{number + 1}.npy") for what in ("data", "model"))
+
+
+def write_pseudo(root, maps, families, batch_size=16, device="cpu"):
+    """Write maps (N, 1, 70, 70) float32 m/s and their simulated gathers as a root for training.
+
+    families: a name each. Each file appears whole, a pair's seismic one last; pairs that are there, of an
+    interrupted call with the same maps, are left alone.
+    """
+    for family in FAMILIES:
+        mine = [i for i, name in enumerate(families) if name == family]
+        for number, start in enumerate(range(0, len(mine), PER_FILE)):
+            seis_path, vel_path = pair_paths(root, family, number)
+            if seis_path.exists():
+                continue
+            vel = np.stack([maps[i] for i in mine[start : start + PER_FILE]])
+            with write_atomic(vel_path) as part, open(part, "wb") as file:
+                np.save(file, vel)
+            with write_atomic(seis_path) as part, open(part, "wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(vel), *GATHER_SHAPE)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for k in range(0, len(vel), batch_size):
+                    batch = torch.from_numpy(vel[k : k + batch_size]).to(device)
+                    file.write(simulated(batch).cpu().numpy().astype("<f4").tobytes())

@@ -1,0 +1,348 @@
+"""Layered maps found from a gather: candidates fitted in a time window that grows.
+
+From the top down, since late echoes mislead while the layers above are wrong. A guess (the network's map)
+helps, but is not needed for layers. Sizes of populations and windows were chosen on real training maps.
+"""
+
+import itertools
+import math
+from collections import deque
+
+import numpy as np
+
+import waves
+from inversion.anneal import anneal_curves
+from inversion.gauss_newton import gauss_newton, settle
+from inversion.parameters import SPACINGS, Layers, paint, shade
+from synthetic.maps import N_CELLS
+
+FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
+FLAT_WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
+WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)  # for curved layers: flanks come in late
+UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
+SHARE = 0.2  # of the first echo's norm, that a fitted first interface may leave
+WAVELET = 110  # samples after which most of an echo's wavelet has come
+CONTRASTS = (20, 80, 180, 320, 500, 800, 1200, 1800)  # m/s, tried across a new interface
+
+
+def surface_velocity(observed):
+    """Velocities at the sources, read from the first sample: p = (v dt)² w_0, (S,) m/s."""
+    first = [float(observed.seis[s, 0, x]) for s, x in enumerate(observed.sources)]
+    w_0 = waves.ricker(1).item()
+    return np.sqrt(np.maximum(np.array(first) / w_0, 0)) / waves.OPENFWI.dt_s
+
+
+def top_velocity(observed):
+    """Velocity of the uppermost layer, m/s: read from the first sample, or fitted where noise hides that."""
+    v = surface_velocity(observed)
+    if observed.noise < 1e-5 * abs(waves.ricker(1).item()) and v.min() > 1000:
+        return float(np.clip(np.rint(v.min()), 1500, 4500))
+    tried = np.arange(1500.0, 4501.0, 50)
+    norms = observed.residuals([np.full((N_CELLS, N_CELLS), v) for v in tried], 90).norm(dim=1)
+    return float(tried[int(norms.argmin())])
+
+
+def _distinct(population, keep):
+    """The best of (norm, theta, model), few of each norm, none twice.
+
+    Where no echo has come yet all fit alike, and the order of the starts stands.
+    """
+    chosen = []
+    for one in sorted(population, key=lambda one: max(one[0], UNHEARD)):
+        alike = [other for other in chosen if abs(one[0] - other[0]) < 0.01 * other[0] + 0.1 * UNHEARD]
+        near = [other for other in alike if np.abs((one[1] - other[1]) / one[2].scale).max() < 0.5]
+        if not near and (len(alike) < 3 or one[0] < UNHEARD):
+            chosen.append(one)
+    return chosen[:keep]
+
+
+def evolve(observed, population, windows, breed, target):
+    """Fit a population in growing windows, bred further where none fits: best first, (norm, theta, model)."""
+
+    def fit(some, n_samples, n_steps):
+        fitted = []
+        for theta, model in some:
+            theta, norm = gauss_newton(
+                observed, model.smooth, model.clip(theta), model.scale, n_samples, n_steps, model.clip
+            )
+            fitted.append((norm, theta, model))
+        return fitted
+
+    for n_samples, keep in windows:
+        enough, n_idle = target(n_samples), 0
+        population = _distinct(fit([one[1:] for one in population], n_samples, 5), keep)
+        for _ in range(10):
+            least = population[0][0]
+            if least < enough or n_idle == 3 or observed.late:
+                break
+            bred = fit([breed(population) for _ in range(12)], n_samples, 4)
+            population = _distinct(population + bred, keep)
+            n_idle = 0 if population[0][0] < 0.97 * least else n_idle + 1
+        observed.note(n_samples, population[0][2].smooth(population[0][1]))
+    return population
+
+
+def parents(population, rng):
+    """Two of a population, the better the likelier: (theta, model) each, thetas copied."""
+    picks = np.minimum(rng.exponential(2.0, 2).astype(int), len(population) - 1)
+    return [(population[i][1].copy(), population[i][2]) for i in picks]
+
+
+# ---------------------------------------------------------------- layers
+
+
+def depths_beneath(observed, top, increasing):
+    """First interface beneath each source, as if the ground were flat there: [(cells, m/s below), …]."""
+    ratios = np.array([1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0])
+    below = np.clip(top * (ratios if increasing else np.concatenate([ratios, 1 / ratios])), 1500, 4500)
+    grid = [(depth, v) for depth in np.arange(4.0, 37.0) for v in np.unique(below)]
+    n_samples = min(1000, int(2e4 * 37 / top + 120))
+    maps = [shade(np.array([top, v]), np.full((1, N_CELLS), depth)) for depth, v in grid]
+    made = observed.simulate([np.full((N_CELLS, N_CELLS), top), *maps], n_samples)
+    found = []
+    for s, cell in enumerate(observed.sources):
+        near = slice(max(0, cell - 7), cell + 8)
+        error = (
+            (made[:, s, :, near] - observed.seis[s, :n_samples, near]).square().sum(2).cumsum(1).cpu().numpy()
+        )
+        ends = [min(n_samples - 1, int(2e4 * depth / top + 85)) for depth, _ in grid]
+        ratio = [error[i + 1, end] / (error[0, end] + 1e-5 * error[0, -1]) for i, end in enumerate(ends)]
+        found.append(grid[int(np.argmin(ratio))])
+    return found
+
+
+def _fit_controls(layers, cells, depths, smoothness=0.3):
+    """Controls of the first interface through depths at some columns."""
+    bend = smoothness * np.diff(np.eye(layers.m), 2, axis=0)
+    target = np.concatenate([np.asarray(depths) - 0.3, np.zeros(len(bend))])
+    return np.linalg.lstsq(np.vstack([layers.basis[np.asarray(cells)], bend]), target, rcond=None)[0]
+
+
+def _first_starts(observed, layers, top, guess, rng, n=24):
+    beneath = depths_beneath(observed, top, layers.increasing)
+    below = np.median([v for _, v in beneath])
+    starts = [
+        np.concatenate([[top, below], _fit_controls(layers, observed.sources, [d for d, _ in beneath])])
+    ]
+    if layers.m == 1:
+        starts += [np.array([top, v, depth - 0.3]) for depth, v in beneath]
+    for ratio in (1.1, 1.2, 1.35) if guess is not None else ():
+        above = np.vstack([guess > top * ratio, np.ones((1, N_CELLS), bool)])
+        controls = _fit_controls(layers, range(N_CELLS), above.argmax(0).clip(3, 40), 1.0)
+        starts.append(np.concatenate([[top, min(4500, top * (2 * ratio - 1))], controls]))
+    n_found = len(starts)
+    while len(starts) < n:
+        start = starts[rng.integers(n_found)].copy()
+        start[1] = top + rng.uniform(50, 1200) * (1 if layers.increasing else rng.choice([-1, 1]))
+        start[2:] += rng.normal(0, 3, layers.m)
+        starts.append(start)
+    return starts
+
+
+def _target(observed, top=None):
+    """f(samples): the norm of residuals that the rounding of depths to cells leaves, beside the noise.
+
+    Given the velocity of the uppermost layer, at most a share of the echoes: the residuals without layers.
+    """
+
+    def target(n_samples):
+        rest = 0.006 + 6e-5 * (n_samples - 100)
+        if top is not None:
+            echo = float(observed.residuals([np.full((N_CELLS, N_CELLS), top)], n_samples)[0].norm())
+            rest = min(rest, max(SHARE * echo, UNHEARD))
+        return observed.enough(n_samples, rest)
+
+    return target
+
+
+def _first_interfaces(observed, curved, increasing, guess, rng):
+    """The uppermost interface: up to two fits, best first, (norm, theta, Layers)."""
+    layers = Layers(1, 0.0, curved, increasing)
+
+    def breed(population):
+        (theta, _), (other, _) = parents(population, rng)
+        controls, m = theta[2:], layers.m
+        if rng.random() < 0.5:  # the left of one, the right of the other
+            cut = rng.integers(0, m)
+            controls[cut:] = other[2:][cut:]
+        if rng.random() < 0.7:
+            j = rng.integers(0, m)
+            controls[j : j + rng.integers(1, 4)] += rng.normal(0, 5)
+        if rng.random() < 0.2:
+            controls[rng.integers(0, m)] = rng.uniform(3, 30)
+        if rng.random() < 0.3:
+            theta[1] += rng.normal(0, rng.choice([150, 600]) if curved else 150)
+        return theta, layers
+
+    top = top_velocity(observed)
+    starts = _first_starts(observed, layers, top, guess, rng)
+    population = [(math.inf, theta, layers) for theta in starts]
+
+    target = _target(observed, top if curved else None)
+    population = evolve(observed, population, FIRST_WINDOWS, breed, target)
+    n_samples = FIRST_WINDOWS[-1][0]
+    while n_samples < 1000:
+        velocities, depths = layers.split(population[0][1])
+        if n_samples > _echo_time(velocities, _shallow(depths)) + WAVELET:
+            break
+        n_samples = int(1.2 * n_samples)  # a deep interface has not been heard yet
+        population = evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target)
+    return population[:2]
+
+
+def _shallow(depths):
+    """A depth of each interface (K, 70) that all but a seventh of its columns exceed."""
+    return np.sort(depths, 1)[:, N_CELLS // 7]
+
+
+def _echo_time(velocities, depths):
+    """Two-way time, in samples, straight down through layers to the last depth in cells."""
+    at = [0.5, *depths]
+    return sum(2e4 * max(b - a, 0) / v for a, b, v in zip(at, at[1:], velocities, strict=False))
+
+
+def _add_interface(observed, layers, theta, n_samples):
+    """One interface more, its contrast and common shift chosen by trial."""
+    last = theta[layers.n]
+    steps = [s * c for c in CONTRASTS for s in ((1,) if layers.increasing else (1, -1))]
+    velocities = sorted({float(np.clip(last + step, 1500, 4500)) for step in steps})
+    trials = [layers.deeper(theta, v, shift) for v in velocities for shift in (-0.6, 0.0, 0.6)]
+    norms = observed.residuals([model.smooth(t) for model, t in trials], n_samples).norm(dim=1)
+    return trials[int(norms.argmin())]
+
+
+def _grow(observed, first, curved, increasing):
+    """All interfaces from the first: (norm, theta, Layers), best first, over the possible spacings."""
+    hypotheses = []  # (strikes, theta, layers)
+    for _, theta, layers in first:
+        middle = np.sort(layers.split(theta)[1][0])[5:-5].mean()
+        for spacing in SPACINGS:
+            # the first heard may be the first there is, or lie below contrasts too faint to be heard alone
+            least = max(0, math.ceil((middle - 2) / spacing - 1.5))
+            for n_above in range(least, math.floor((middle + 2) / spacing - 0.5) + 1):
+                model = Layers(1 + n_above, spacing, curved, increasing)
+                shifts = np.zeros(n_above * layers.m)
+                parts = [np.full(n_above, theta[0]), theta[:2], theta[2:] - n_above * spacing, shifts]
+                hypotheses.append((0, np.concatenate(parts), model))
+    if not hypotheses:  # outcrops nearly everywhere
+        hypotheses = [(0, theta, Layers(1, SPACINGS[-1], curved, increasing)) for _, theta, _ in first]
+    windows = WINDOWS if curved else FLAT_WINDOWS
+    for n_samples in windows:
+        fitted, done = {}, []
+        for number, (strikes, theta, layers) in enumerate(hypotheses):
+            while layers.n < round(N_CELLS / layers.spacing):
+                velocities, depths = layers.split(theta)
+                if np.median(depths[-1]) + layers.spacing > N_CELLS + 5:
+                    break
+                echo = _echo_time(velocities, [*_shallow(depths), _shallow(depths)[-1] + layers.spacing - 1])
+                if echo + 70 > n_samples:
+                    break
+                window = min(1000, max(n_samples, int(echo + WAVELET + 40)))
+                layers, theta = _add_interface(observed, layers, theta, window)
+            key = tuple(theta.round(1)) if layers.n == 1 else number  # spacings tell apart from the second on
+            if key not in fitted:
+                fitted[key] = gauss_newton(
+                    observed,
+                    layers.smooth,
+                    theta,
+                    layers.scale,
+                    n_samples,
+                    4,
+                    layers.clip,
+                    prior=layers.prior,
+                )
+            done.append((*fitted[key][::-1], strikes, layers))
+        done.sort(key=lambda one: one[0])
+        observed.note(n_samples, done[0][3].smooth(done[0][1]))
+        limit = 2 * done[0][0] + 1e-3
+        # twice worse than the best twice over: once may be an echo that only the other model had added
+        hypotheses = [
+            (strikes + 1 if norm > limit else 0, theta, layers)
+            for norm, theta, strikes, layers in done
+            if norm <= limit or strikes == 0 and n_samples < windows[-2]
+        ][: 8 if n_samples < 500 or not curved else 4 if n_samples < 700 else 2]
+        if observed.late:
+            break
+    return [(norm, theta, layers) for norm, theta, _, layers in done]
+
+
+def _fit_sharp(observed, layers, theta):
+    """theta whose map of whole cells and velocities fits the whole record best."""
+    prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+    return gauss_newton(
+        observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
+    )[0]
+
+
+def _retry_flat(observed, layers, theta):
+    """Fit flat layers, then each interface and its velocities anew nearby: yields (velocities, cells, norm).
+
+    Depth and velocity trade for one another in the first windows, and what lies below follows both. The
+    first fit, then the best so far after each interface.
+    """
+
+    def settled(theta):
+        return settle(observed, np.rint(theta[: layers.n + 1]), layers.cells(theta), layers.increasing)
+
+    theta = _fit_sharp(observed, layers, theta)
+    best, n = settled(theta), layers.n + 1
+    yield best
+    factors = 1 + np.array([-0.1, -0.06, -0.03, -0.015, 0, 0.015, 0.03, 0.06, 0.1])
+    n_idle, k = 0, 0
+    while n_idle < layers.n:
+        trials = []
+        ranges = ((k, k + 1), (k, n), (k + 1, n))  # of velocities: above it, and all below, or only those
+        for shift, factor, some in itertools.product((-1.5, -1, -0.5, 0, 0.5, 1, 1.5), factors, ranges):
+            trials.append(theta.copy())
+            trials[-1][slice(*some)] *= factor
+            trials[-1][n + k] += shift
+        trials = [layers.clip(t) for t in trials]
+        norms = observed.residuals([layers.sharp(t) for t in trials], 1000).norm(dim=1)
+        before = best[2]
+        for i in np.argsort(norms.cpu().numpy())[:3]:
+            fitted = _fit_sharp(observed, layers, trials[i])
+            result = settled(fitted)
+            if result[2] < best[2]:
+                theta, best = fitted, result
+        n_idle, k = (0, k) if best[2] < 0.99 * before else (n_idle + 1, (k + 1) % layers.n)
+        yield best
+
+
+def _first_explained(observed, grown):
+    """Of flat layers of several spacings the first that explain the gather, else the best.
+
+    Turn and turn about: what cannot fit takes a minute to end.
+    """
+    best, enough = (None, None, math.inf), observed.enough(1000, 1e-4)
+    # the right spacing is rarely further down
+    tries = deque(_retry_flat(observed, layers, theta) for _, theta, layers in grown[:6])
+    while tries:
+        found = next(tries[0], None)
+        if found is None:
+            tries.popleft()
+            continue
+        best = min(best, found, key=lambda one: one[2])
+        if best[2] < enough or observed.late:
+            break
+        tries.rotate(-1)
+    return best
+
+
+def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
+    """Maps of flat or curved layers that may explain a gather: yields (map (70, 70), norm of its residuals).
+
+    One of each start, up to `n_starts` with other random numbers, until no more than noise is unexplained.
+    """
+    for seed in range(n_starts):
+        rng = np.random.default_rng(seed)
+        first = _first_interfaces(observed, curved, increasing, guess, rng)
+        grown = _grow(observed, first, curved, increasing)
+        if curved:
+            _, theta, layers = grown[0]
+            theta = _fit_sharp(observed, layers, theta)
+            velocities, cells, norm = anneal_curves(observed, layers, theta, seed=seed)
+        else:
+            velocities, cells, norm = _first_explained(observed, grown)
+        yield paint(velocities, cells), norm
+        if norm < observed.enough(1000, 1e-3 if curved else 1e-4):
+            break

@@ -1,0 +1,142 @@
+"""Velocity maps in few unknowns, as OpenFWI made them: flat or curved layers, and layers cut by one fault."""
+
+import math
+
+import numpy as np
+
+from synthetic.maps import FAULT_ENDS, N_CELLS, N_FINE, SPLINE, THROW, slip_soft, undecided
+
+SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
+ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
+
+
+def paint(velocities, depths):
+    """Layers with sharp edges: velocities (K+1,), first cells of the lower layers (K, 70) -> (70, 70)."""
+    layer = (np.arange(N_CELLS)[:, None, None] >= depths.T).sum(-1)
+    return velocities[layer]
+
+
+def shade(velocities, depths):
+    """As `paint` for depths between cells, which mix 1/v² by area: what waves feel of a thin layer."""
+    depths = np.maximum.accumulate(depths)
+    below = np.clip(np.arange(1, N_CELLS + 1)[:, None, None] - depths.T, 0, 1)  # (Z, X, K)
+    slowness = velocities**-2.0
+    return (slowness[0] + below @ np.diff(slowness)) ** -0.5
+
+
+def cells_of(depths):
+    """Depths (K, 70), as drawn -> first cells of the lower layers (K, 70)."""
+    cells = np.floor(depths + ROUNDING)
+    return np.clip(np.maximum.accumulate(cells), 0, N_CELLS).astype(int)
+
+
+class Layers:
+    """Layers `spacing` cells apart: theta = (velocities (K+1), first controls (m), shifts (K-1, m)).
+
+    A control is a depth: one for a flat interface, eight of the spline for a curved one (maps.py).
+    Each further interface is the one above, `spacing` deeper, and a shift within ±1 cell.
+    """
+
+    def __init__(self, n_interfaces, spacing, curved, increasing=True):
+        self.n, self.spacing, self.increasing = n_interfaces, spacing, increasing
+        self.basis = SPLINE if curved else np.ones((N_CELLS, 1))
+        self.m = self.basis.shape[1]
+        n_shifts = self.m * (self.n - 1)
+        self.scale = np.concatenate(
+            [[50.0], np.full(self.n, 200.0), np.full(self.m, 2.0), np.full(n_shifts, 0.5)]
+        )
+        # weak, so that only what the data leave open follows it; shifts are uniform within ±1
+        self.prior = np.concatenate([np.zeros(1 + self.n + self.m), np.full(n_shifts, 3e-6)])
+
+    def controls(self, theta):
+        """theta -> controls of each interface (K, m), depths in cells."""
+        controls = theta[self.n + 1 :].reshape(self.n, self.m).copy()
+        controls[1:] += self.spacing
+        return np.cumsum(controls, 0)
+
+    def split(self, theta):
+        """theta -> velocities (K+1,) m/s, depths (K, 70) in cells, not rounded."""
+        return theta[: self.n + 1], self.controls(theta) @ self.basis.T
+
+    def smooth(self, theta):
+        velocities, depths = self.split(theta)
+        return shade(velocities, depths + ROUNDING - 0.5)
+
+    def cells(self, theta):
+        """theta -> first cells of the lower layers (K, 70)."""
+        return cells_of(self.split(theta)[1])
+
+    def sharp(self, theta):
+        return paint(np.rint(theta[: self.n + 1]), self.cells(theta))
+
+    def bounded(self, velocities):
+        """Velocities within OpenFWI's range, in version A increasing."""
+        return np.clip(np.maximum.accumulate(velocities) if self.increasing else velocities, 1500, 4500)
+
+    def clip(self, theta):
+        theta, n = theta.copy(), self.n + 1
+        theta[:n] = self.bounded(theta[:n])
+        theta[n : n + self.m] = np.clip(theta[n : n + self.m], -2, 45)
+        theta[n + self.m :] = np.clip(theta[n + self.m :], -1, 1)
+        return theta
+
+    def first(self, theta, n):
+        """The part of theta that describes the first n interfaces."""
+        return np.concatenate([theta[: n + 1], theta[self.n + 1 :][: n * self.m]])
+
+    def deeper(self, theta, velocity, shift):
+        """theta with one more interface below: (Layers of one more, theta)."""
+        more = Layers(self.n + 1, self.spacing, self.m > 1, self.increasing)
+        n = self.n + 1
+        return more, np.concatenate([theta[:n], [velocity], theta[n:], np.broadcast_to(shift, self.m)])
+
+
+class Fault:
+    """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
+
+    Depths in cells; start and end on the border, and throw, in half cells: `maps.slip_soft`; `mirrored` maps
+    are reversed left to right. Where `flipped` (before that), rounding is to decide the other way.
+    """
+
+    def __init__(self, n_interfaces, mirrored, flipped=False):
+        self.n, self.mirrored, self.flipped = n_interfaces, mirrored, flipped
+        self.scale = np.concatenate([np.full(self.n + 1, 100.0), np.full(self.n, 2.0), [6.0, 6.0, 2.0]])
+
+    def _unfaulted(self, velocities, depths):
+        rows = np.arange(1, N_FINE + 1)[:, None]
+        below = np.clip(rows - 2 * np.maximum.accumulate(depths), 0, 1)
+        profile = velocities[0] + below @ np.diff(velocities)
+        return np.repeat(profile[:, None], N_FINE, 1)
+
+    def _map(self, velocities, depths, *fault):
+        field = slip_soft(self._unfaulted(velocities, depths), velocities[0], *fault, self.flipped)
+        return field[:, ::-1].copy() if self.mirrored else field  # torch takes no reversed views
+
+    def smooth(self, theta):
+        """Between whole throws by interpolation."""
+        n, low = self.n + 1, math.floor(theta[-1])
+        some = theta[:n], theta[n:-3], *theta[-3:-1]
+        share = theta[-1] - low
+        field = self._map(*some, low)
+        return field if share < 1e-6 else (1 - share) * field + share * self._map(*some, low + 1)
+
+    def _whole(self, theta):
+        whole, n = np.rint(theta), self.n + 1
+        return whole[:n], whole[n:-3], *whole[-3:-1], int(whole[-1])
+
+    def sharp(self, theta):
+        """All unknowns whole, as they were drawn."""
+        return self._map(*self._whole(theta))
+
+    def flips(self, theta):
+        """Masks (N, 140, 140) of what rounding decides: each makes another `flipped`."""
+        velocities, depths, *fault = self._whole(theta)
+        return undecided(self._unfaulted(velocities, depths), velocities[0], *fault)
+
+    def clip(self, theta):
+        theta, n = theta.copy(), self.n + 1
+        theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
+        theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
+        theta[-3:-1] = np.clip(theta[-3:-1], FAULT_ENDS[0], FAULT_ENDS[1] - 1)
+        theta[-1] = np.copysign(np.clip(abs(theta[-1]), *THROW), theta[-1])
+        return theta

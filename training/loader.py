@@ -1,0 +1,263 @@
+"""Samples drawn for each step, read by threads ahead of it, and handed to the device."""
+
+import functools
+import math
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from data import Items, family_numbers
+from openfwi.files import MODE_SHAPES, read_into
+from openfwi.npy import MAP_SHAPE
+from utils import FAMILIES
+
+# the competition's test set, in per cent: these, and the rest shared by the families that are not named here
+TEST_MIX = {"FlatVel_A": 9.05, "FlatVel_B": 9.05, "Style_A": 8.6, "Style_B": 9.6}
+MAX_REPLACEMENTS = 100  # tries to find a readable sample in place of a bad one
+
+
+# ---------------------------------------------------------------- what comes when
+
+
+class TrainBatches(Sampler):
+    """This rank's batches of one epoch, `accumulate` a step, from step `start` on.
+
+    The order depends on seed and epoch only: the samples of a step are the same
+    however they are shared among ranks and accumulated batches. What does not
+    fill a last step is dropped. `sample_weights` needs the samples' `families`.
+    """
+
+    def __init__(self, n, cfg, process, families=None):
+        self.n, self.cfg, self.process, self.families = n, cfg, process, families
+        self.draws = draws_of(families, cfg.sample_weights) if cfg.sample_weights else {}
+        self.n_steps = n // (cfg.batch_size * cfg.accumulate * process.world)
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return (self.n_steps - self.start) * self.cfg.accumulate
+
+    def __iter__(self):
+        order, size = self.order(), self.cfg.batch_size
+        for batch in range(self.start * self.cfg.accumulate, self.n_steps * self.cfg.accumulate):
+            first = (batch * self.process.world + self.process.rank) * size
+            yield order[first : first + size].tolist()
+
+    def order(self):
+        """The epoch's n samples in order, all ranks'. With weights a family gives more or fewer than it has:
+        the first of a new shuffle each epoch, or all of them and then some again."""
+        rng = np.random.default_rng((self.cfg.seed, self.epoch))
+        if not self.draws:
+            return rng.permutation(self.n)
+        drawn = []
+        for f, n_drawn in self.draws.items():
+            mine = np.flatnonzero(self.families == f)
+            rounds = [rng.permutation(mine) for _ in range(-(-n_drawn // len(mine)))]
+            drawn += [np.concatenate(rounds)[:n_drawn]] if rounds else []
+        return rng.permutation(np.concatenate(drawn))
+
+
+def draws_of(families, words):
+    """Samples an epoch takes of each family that is there, {index: count}, len(families) in all.
+
+    words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT, 1 where not
+    named. Raises ValueError for other words and where all weights are zero.
+    """
+    there, counts = np.unique(families, return_counts=True)
+    if tuple(words) == ("test_mix",):
+        rest = (100 - sum(TEST_MIX.values())) / (len(FAMILIES) - len(TEST_MIX))
+        shares = np.array([TEST_MIX.get(FAMILIES[f], rest) for f in there])
+    else:
+        weights = family_numbers("sample_weights", words, 1)
+        shares = counts * np.array([weights[FAMILIES[f]] for f in there])
+    if not shares.sum():
+        raise ValueError(
+            f"--sample_weights={','.join(map(str, words))}: no family that is there has a weight"
+        )
+    exact = shares / shares.sum() * len(families)
+    drawn = np.floor(exact).astype(int)
+    drawn[np.argsort(drawn - exact, kind="stable")[: len(families) - drawn.sum()]] += 1  # largest remainders
+    return dict(zip(there.tolist(), drawn.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- reading
+
+
+class PairDataset(Dataset):
+    """Items as (seis (5, T, R), vel (1, 70, 70) float32 m/s, family index, item index).
+
+    seis is float32, or float16 where all files are: half the bytes to the device.
+    A bad sample raises ValueError, unless `bad` says "replace" (by another, which
+    its index alone decides) or "omit" (from a batch); `skipped` counts them by file.
+    """
+
+    def __init__(self, items, bad="raise"):
+        self.items = items if isinstance(items, Items) else Items.of(items)
+        self.bad, self.skipped, self.lock = bad, {}, threading.Lock()
+        self.finite = np.zeros(len(self.items), bool)  # those that were read and checked
+        used = [self.items.pairs[k] for k in np.unique(self.items.rows[:, 0])]
+        self.dtype = torch.float16 if all(pair.is_half for pair in used) else torch.float32
+        modes = {pair.mode: pair for pair in used}
+        if len(modes) > 1:
+            raise ValueError(
+                f"{modes.popitem()[1].seis}: other input mode than {modes.popitem()[1].seis}: packed and "
+                "unpacked files do not mix; give one kind, or pack the others too"
+            )
+        self.shape = MODE_SHAPES[next(iter(modes), "full")]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        seis, vel, family, index = self.read_batch([i])
+        return seis[0], vel[0], int(family), int(index)
+
+    def read_batch(self, indices, memory=torch.empty):
+        """Items as one batch of tensors, each sample read straight to its place in `memory(n, dtype=…)`."""
+        n, n_seis = len(indices), math.prod(self.shape) * self.dtype.itemsize
+        both = memory(n * (n_seis + 4 * math.prod(MAP_SHAPE)), dtype=torch.uint8)
+        seis = both[: n * n_seis].view(self.dtype).view(n, *self.shape)
+        vel = both[n * n_seis :].view(torch.float32).view(n, *MAP_SHAPE)
+        read = []
+        seis_rows, vel_rows = seis.numpy(), vel.numpy()  # of the same memory
+        for i in indices:
+            i = self.read_one(i, seis_rows[len(read)], vel_rows[len(read)])
+            read += [] if i is None else [i]
+        family = [FAMILIES.index(self.items[i][0].family) for i in read]
+        family, index = (torch.tensor(numbers, dtype=torch.long) for numbers in (family, read))
+        return seis[: len(read)], vel[: len(read)], family, index
+
+    def read_one(self, i, seis, vel):
+        """Read item i, or its replacement, into the arrays: the item that was read, None for none."""
+        for n_tries in range(MAX_REPLACEMENTS):
+            pair, index = self.items[i]
+            try:
+                # a sample that was finite stays so: its file would show another time
+                read_into(pair, index, seis, vel, check=not self.finite[i])
+                self.finite[i] = True
+                return i
+            except ValueError as error:
+                if self.bad == "raise":
+                    raise
+                self.count(pair, error)
+            if self.bad == "omit":
+                return None
+            i = int(np.random.default_rng((i, n_tries)).integers(len(self)))
+        raise ValueError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last of {pair.seis}")
+
+    def count(self, pair, error):
+        with self.lock:
+            if pair.seis not in self.skipped:
+                print(f"skipped: {error}", flush=True)
+            self.skipped[pair.seis] = self.skipped.get(pair.seis, 0) + 1
+
+
+class Recycled:
+    """Memory of batches, used again once nobody holds a tensor of it: new memory costs a fault a page."""
+
+    def __init__(self, n_kept):
+        self.n_kept, self.kept, self.lock = n_kept, [np.empty(0, np.uint8)], threading.Lock()
+        self.idle = self.holders(0)
+
+    def holders(self, k):
+        return sys.getrefcount(self.kept[k])  # a tensor of the array holds it
+
+    def __call__(self, n, dtype):
+        for pause_ms in (1, 2, 4, 8, 16, 32, 64):
+            with self.lock:
+                for k in range(len(self.kept)):
+                    if n <= self.kept[k].nbytes < 2 * n and self.holders(k) == self.idle:
+                        return torch.from_numpy(self.kept[k][:n])
+                if len(self.kept) <= self.n_kept:
+                    self.kept.append(np.empty(n, np.uint8))
+                    return torch.from_numpy(self.kept[-1])
+            time.sleep(pause_ms / 1000)  # who uses the last batch is about to let go of it
+        return torch.empty(n, dtype=dtype)
+
+
+class Loader:
+    """Batches (seis, vel, family, item index), read ahead by `workers` threads; 0 reads when asked.
+
+    Reading holds no lock of Python's, so threads do what processes would, without
+    copies between processes: each worker holds one batch. With a CUDA `device`
+    batches are copied there from pinned memory by a stream of their own, beside
+    the training step; only the item index stays behind.
+    """
+
+    def __init__(self, dataset, batch_sampler, workers, device=None, pin=False):
+        pin = pin or device is not None
+        if workers:
+            # a thread that has read wants Python's lock back at once, not after the usual 5 ms
+            sys.setswitchinterval(min(sys.getswitchinterval(), 3e-4))
+        self.dataset, self.batch_sampler, self.workers, self.device = dataset, batch_sampler, workers, device
+        # torch, too, uses pinned memory again, when the copies from it have ended
+        self.memory = (
+            functools.partial(torch.empty, pin_memory=True) if pin else Recycled(max(workers, 1) + 1)
+        )
+        self.stream = torch.cuda.Stream(device) if device is not None else None
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        for batch, event in self.read_ahead() if self.workers else map(self.fetch, self.batch_sampler):
+            if len(batch[-1]):  # else none of its samples could be read
+                yield self.hand_over(batch, event)
+                batch = None  # or it would live while the next one is waited for
+
+    def read_ahead(self):
+        pool, ahead = ThreadPoolExecutor(self.workers, "loader"), deque()
+        try:
+            for indices in self.batch_sampler:
+                done = ahead.popleft().result() if len(ahead) == self.workers else None
+                ahead.append(pool.submit(self.fetch, indices))
+                if done is not None:
+                    yield done
+                    done = None
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def fetch(self, indices):
+        """A batch, and the event that tells when it is on the device."""
+        batch = self.dataset.read_batch(indices, self.memory)
+        if self.stream is None:
+            return batch, None
+        with torch.cuda.stream(self.stream):
+            moved = [t.to(self.device, non_blocking=True) for t in batch[:3]]
+            return (*moved, batch[3]), self.stream.record_event()
+
+    def hand_over(self, batch, event):
+        """Make the caller's stream wait for the copy, and the memory outlive what that stream does to it."""
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for t in batch[:3]:
+                t.record_stream(stream)
+        return batch
+
+
+def make_loaders(cfg, process, train_items, val_items):
+    """Training and validation loaders; validation is shared among ranks without padding."""
+    n_global = cfg.batch_size * cfg.accumulate * process.world
+    if len(train_items) < n_global or not len(val_items):
+        raise ValueError(
+            f"{len(train_items)} training and {len(val_items)} validation samples, expected at least "
+            f"{n_global} (batch_size × accumulate × processes) and 1; lower --batch_size or add files"
+        )
+    device = process.device if process.device.type == "cuda" else None
+    train = PairDataset(train_items, "replace" if cfg.skip_bad_files else "raise")
+    batches = TrainBatches(len(train), cfg, process, train.items.families)
+    mine = PairDataset(val_items[process.rank :: process.world], "omit" if cfg.skip_bad_files else "raise")
+    starts = range(0, len(mine), cfg.batch_size)
+    in_turn = [range(first, min(first + cfg.batch_size, len(mine))) for first in starts]
+    return (
+        Loader(train, batches, cfg.workers, device),
+        Loader(mine, in_turn, cfg.workers, pin=device is not None),
+    )

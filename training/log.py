@@ -1,0 +1,238 @@
+"""What training shows and guards: the log, Weights & Biases, non-finite steps, the card's peak."""
+
+import dataclasses
+import json
+import math
+import resource
+import time
+import uuid
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import preprocess
+from openfwi.npy import GATHER_SHAPE
+from utils import append_json, write_atomic
+
+PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)
+    "H200": (67, 495, 989),
+    "H100": (67, 495, 989),
+    "A100": (19.5, 156, 312),
+    "L4": (30, 60, 121),
+    "L40S": (92, 183, 366),
+    "V100": (15.7, 15.7, 125),
+    "T4": (8.1, 8.1, 65),
+    "P100": (9.5, 9.5, 19),
+}
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def peak_flops(device, precision):
+    """The card's peak in floating-point operations a second at this precision; None where unknown."""
+    if device.type != "cuda":
+        return None
+    column = {"float32": 0, "tf32": 1}.get(precision, 2)
+    name = torch.cuda.get_device_name(device)
+    found = [peaks for card, peaks in PEAK_TFLOPS.items() if card in name.replace("-", " ").split()]
+    return found[0][column] * 1e12 if found else None
+
+
+def training_flops(network, mode, device):
+    """Floating-point operations of training on one gather: three times the forward's."""
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(preprocess(torch.zeros(1, *GATHER_SHAPE, device=device), mode))
+    return 3 * counter.get_total_flops()
+
+
+class Log:
+    """The log line, log.jsonl and Weights & Biases, and what is counted between two lines; rank 0 writes."""
+
+    def __init__(self, folder, trainer):
+        self.folder, self.trainer, self.first_step = folder, trainer, trainer.step
+        self.peak = peak_flops(trainer.process.device, trainer.precision)
+        self.flops_per_sample = 0
+        if self.peak:
+            self.flops_per_sample = training_flops(trainer.network, trainer.cfg.mode, trainer.process.device)
+        self.started, self.run = time.perf_counter(), None
+        if trainer.process.is_main:
+            self.drop_after(trainer.step)
+            self.run = start_wandb(trainer.cfg, folder)
+        self.reset()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.run:
+            self.run.finish(exit_code=int(error[0] is not None))
+
+    def drop_after(self, step):
+        """Forget the records of steps that a resumed run makes again."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with write_atomic(path) as part:
+                part.write_text("".join(kept), encoding="utf-8")
+
+    def reset(self):
+        self.losses, self.data_s, self.since = [], 0.0, time.perf_counter()
+
+    def add(self, mae, norm, data_s):
+        self.losses.append(mae)
+        self.norm, self.data_s = norm, self.data_s + data_s
+
+    def record(self, values):
+        """One record to log.jsonl and Weights & Biases."""
+        append_json(self.folder / "log.jsonl", values)
+        if self.run:
+            flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
+            for name, inner in values.items():
+                flat |= {f"{name}/{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {}
+            self.run.log(flat, step=values["step"])
+
+    def figure(self, path):
+        if self.run and path.exists():
+            import wandb
+
+            self.run.log({"validation": wandb.Image(str(path))}, step=self.trainer.step)
+
+    def write(self):
+        trainer, process = self.trainer, self.trainer.process
+        mae = process.sum(torch.stack(self.losses).mean()).item() / process.world
+        elapsed_s = time.perf_counter() - self.since
+        n_steps = len(self.losses)
+        per_step_s = (time.perf_counter() - self.started) / (trainer.step - self.first_step)
+        r = {
+            "step": trainer.step,
+            "epoch": (trainer.step - 1) // trainer.steps_per_epoch,
+            "mae": round(mae, 3),
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "grad_norm": round(self.norm.item(), 4),
+            "samples_per_s": round(n_steps * trainer.global_batch / elapsed_s, 2),
+            "data_share": round(self.data_s / elapsed_s, 4),
+            "memory_gb": round(peak_memory_gb(process.device), 2),
+            "eta_h": round((trainer.n_steps - trainer.step) * per_step_s / 3600, 3),
+        }
+        if self.peak:
+            r["peak_share"] = round(r["samples_per_s"] * self.flops_per_sample / self.peak / process.world, 4)
+        self.reset()
+        if not process.is_main:
+            return
+        self.record({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()})
+        peak = f" | {r['peak_share']:.0%} of peak" if self.peak else ""
+        print(
+            f"step {r['step']:>6}/{trainer.n_steps} | epoch {r['epoch']} | mae {r['mae']:6.1f} m/s | "
+            f"lr {r['lr']:.1e} | grad {r['grad_norm']:.2f} | {r['samples_per_s']:.0f} samples/s | "
+            f"data {r['data_share']:.0%} | {r['memory_gb']:.1f} GB{peak} | eta {r['eta_h']:.2f} h",
+            flush=True,
+        )
+
+
+def start_wandb(cfg, folder):
+    """A Weights & Biases run for this run folder, the same one when resumed; None when off."""
+    if cfg.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"--wandb={cfg.wandb}: wandb is not installed; pip install wandb, or --wandb=off"
+        ) from None
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return wandb.init(
+        project="openfwi",
+        name=folder.name,
+        id=path.read_text(encoding="utf-8"),
+        resume="allow",
+        mode=cfg.wandb,
+        dir=str(folder),
+        config=dataclasses.asdict(cfg),
+    )
+
+
+class BadSteps:
+    """Counts updates left out for a non-finite gradient, writes their samples, stops after too many in a row.
+
+    A step is looked at when the next one has been queued, so that the device never waits for the check.
+    Every rank sees the same gradient norm, so all decide alike.
+    """
+
+    def __init__(self, trainer, items, folder):
+        self.trainer, self.items, self.folder = trainer, items, folder
+        self.waiting, self.in_row, self.total = None, 0, 0
+
+    def add(self, norm, losses, batches, indices):
+        self.check()
+        self.waiting = (self.trainer.step, norm, self.trainer.scaler.get_scale, losses, batches, indices)
+
+    def name(self, step, k, n_batch, index):
+        """This rank's sample k of a step: file and row of the item, or what was simulated in its place."""
+        process, online = self.trainer.process, self.trainer.online
+        micro, within = divmod(k, n_batch)
+        place = (micro * process.world + process.rank) * n_batch + within
+        pair, row = self.items[index]
+        return (online and online.name(step, place)) or f"{pair.seis}[{row}]"
+
+    def check(self):
+        """Look at the step that waits; raises ArithmeticError after `max_bad_steps` in a row."""
+        if self.waiting is None:
+            return
+        step, norm, scale, losses, batches, indices = self.waiting
+        self.waiting = None
+        if math.isfinite(norm.item()):
+            self.in_row = 0
+            return
+        self.total += 1
+        lost = ~torch.isfinite(losses.cpu())
+        named = [k for k, bad in enumerate(lost.tolist()) if bad or not lost.any()]
+        samples = [self.name(step - 1, k, len(batches[0][0]), indices[k]) for k in named]
+        rank = self.trainer.process.rank
+        append_json(self.folder / "skipped.jsonl", {"step": step, "rank": rank, "samples": samples})
+        # float16 finds its loss scale by overflowing: only a scale that can fall no further is a fault
+        if scale() > 1:
+            return
+        self.in_row += 1
+        if self.in_row >= self.trainer.cfg.max_bad_steps:
+            culprit = find_culprit(self.trainer, batches)
+            raise ArithmeticError(
+                f"step {step}: {self.in_row} steps in a row with a non-finite loss or gradient; {culprit}; "
+                f"samples {', '.join(samples[:4])}; {self.folder}/last.pt is from before"
+            )
+
+
+def find_culprit(trainer, batches):
+    """Say which parameter, layer or gradient of the network turns non-finite on these batches."""
+    network = trainer.network
+    for name, p in network.named_parameters():
+        if not p.isfinite().all():
+            return f"first non-finite weight: {name}"
+    found = []
+
+    def look(name):
+        def hook(module, args, output):
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(f"first non-finite output: layer {name} ({type(module).__name__})")
+
+        return hook
+
+    leaves = [(n, m) for n, m in network.named_modules() if not list(m.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    for seis, vel, family in batches:
+        if not seis.isfinite().all() or not vel.isfinite().all():
+            found.append("first non-finite value: in the input itself")
+        trainer.losses(network, seis, vel, family)[0].sum().backward()
+    for handle in handles:
+        handle.remove()
+    found += [f"first non-finite gradient: {n}" for n, p in reversed(list(network.named_parameters()))
+              if p.grad is not None and not p.grad.isfinite().all()]  # fmt: skip
+    network.zero_grad(set_to_none=True)
+    return found[0] if found else "not reproduced on this rank: see the other ranks' message"

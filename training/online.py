@@ -1,0 +1,318 @@
+"""Online simulation: training pairs made while training, in place of a share of those from files.
+
+Chunk k holds eight maps of one family, new ones or variations of training maps, and their mirror images,
+with exact gathers: six shots of each map serve both. Its content depends on the configuration and k alone, so
+that a resumed run goes on with the same samples. On CUDA a thread simulates ahead on the training device;
+elsewhere processes fill a folder of OpenFWI-format files, which later runs use again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_shape, read_header
+from synthetic.maps import make_maps
+from synthetic.vary import FileMaps, vary
+from utils import FAMILIES, check_writable, write_atomic
+from waves.equation import simulate
+
+SIX_SOURCES = (0, 17, 34, 35, 52, 69)  # the survey's five, and the centre one's mirror image
+N_MAPS = 8  # of a chunk: simulated together, since float results may depend on it
+N_PAIRS = 2 * N_MAPS
+CHUNK_BYTES = N_PAIRS * math.prod(GATHER_SHAPE) * 2  # gathers in float16
+OTHER_SEED = 2**31  # added to the run's: other maps than those of data sets made with the same seed
+
+
+def exact_pairs(vel):
+    """Maps (B, 1, 70, 70) m/s, then their mirror images: seis (2B, 5, 1000, 70), vel (2B, 1, 70, 70)."""
+    with torch.no_grad():
+        six = simulate(vel, sources=SIX_SOURCES)
+    seis = torch.cat([six[:, [0, 1, 2, 4, 5]], six[:, [5, 4, 3, 1, 0]].flip(3)])
+    return seis, torch.cat([vel, vel.flip(3)])
+
+
+# ---------------------------------------------------------------- what a chunk holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides every chunk."""
+
+    seed: int
+    maps: str  # new, varied, both
+    families: tuple  # of new maps
+    sources: dict  # family -> FileMaps of the training samples
+
+    def family(self, k):
+        """Family of chunk k, and whether its maps are variations of training maps."""
+        is_varied = self.maps == "varied" or (self.maps == "both" and k % 2 == 1)
+        families = tuple(self.sources) if is_varied else self.families
+        return families[(k // 2 if self.maps == "both" else k) % len(families)], is_varied
+
+    def velocity(self, k):
+        """The maps of chunk k: (8, 1, 70, 70) float32 m/s."""
+        family, is_varied = self.family(k)
+        if is_varied:
+            return vary(self.sources[family], N_MAPS, self.seed, start=k * N_MAPS)
+        return make_maps(family, N_MAPS, self.seed, start=k * N_MAPS)
+
+    def key(self):
+        """Twelve hex digits that differ where chunks would: options, samples varied, code that makes maps."""
+        words = [self.seed, self.maps, self.families]
+        digest = hashlib.sha256()
+        for family, sources in self.sources.items() if self.maps != "new" else ():
+            for maps, indices in sources.files:
+                words += [family, maps.path.name, maps.n_bytes, indices.tolist()]
+                digest.update(maps[0].tobytes())
+        for function in (make_maps, vary, exact_pairs):
+            digest.update(Path(sys.modules[function.__module__].__file__).read_bytes())
+        digest.update(json.dumps(words).encode())
+        return digest.hexdigest()[:12]
+
+
+def make_plan(cfg, items):
+    """The plan of a run that trains on these items."""
+    sources = {}
+    rows = items.rows[np.lexsort(items.rows.T[::-1])]
+    for group in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1):
+        pair = items.pairs[group[0, 0]]
+        sources.setdefault(pair.family, []).append((pair.maps, group[:, 1]))
+    sources = {family: FileMaps(files) for family, files in sorted(sources.items())}
+    return Plan(cfg.seed + OTHER_SEED, cfg.online_maps, cfg.families or FAMILIES, sources)
+
+
+# ---------------------------------------------------------------- which sample goes where
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """The places of the global batch that simulated samples take, each with chunks of its own.
+
+    share × global batch lanes, the last one taking part in some steps only where that is no whole number. A
+    lane keeps to one place, hence to one rank, and the samples of a step are the same on any number of ranks.
+    """
+
+    share: float
+    global_batch: int
+    n_chunks: int | None  # of the cache, then they come round again; None: always new ones
+
+    @property
+    def n(self):
+        return math.ceil(self.share * self.global_batch)
+
+    def place(self, lane):
+        return lane * self.global_batch // self.n
+
+    def sample(self, lane, step):
+        """(chunk, index in it) of this lane in this step, or None where it takes no part."""
+        part = min(self.share * self.global_batch - lane, 1)
+        visit = math.floor(step * part)
+        if math.floor((step + 1) * part) == visit:
+            return None
+        chunk = visit // N_PAIRS * self.n + lane
+        return chunk if self.n_chunks is None else chunk % self.n_chunks, visit % N_PAIRS
+
+    def chunks(self, mine, steps):
+        """Yield the chunks that the lanes `mine` need in these steps, in the order of their use."""
+        now = {}
+        for step in steps:
+            for lane in mine:
+                if (found := self.sample(lane, step)) and now.get(lane) != found[0]:
+                    now[lane] = found[0]
+                    yield lane, found[0]
+
+
+# ---------------------------------------------------------------- chunks made ahead
+
+
+class Simulated:
+    """Chunks simulated on the training device by a thread, up to `ahead` before they are wanted."""
+
+    def __init__(self, plan, chunks, device, ahead):
+        self.plan, self.chunks, self.device = plan, chunks, device
+        self.queue, self.held, self.closed = queue.Queue(ahead), {}, False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        try:
+            for lane, k in self.chunks:
+                with torch.cuda.stream(stream):
+                    pairs = exact_pairs(torch.from_numpy(self.plan.velocity(k)).to(self.device))
+                    event = stream.record_event() if stream else None
+                self.queue.put((lane, k, pairs, event))
+                if self.closed:
+                    return
+        except Exception as error:  # whatever it is, the training thread is to say it
+            self.queue.put(error)
+
+    def sample(self, lane, k, index):
+        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk; raises ChildProcessError when it failed."""
+        while self.held.get(lane, (None,))[0] != k:
+            made = self.queue.get()
+            if isinstance(made, Exception):
+                self.queue.put(made)  # for whoever asks again
+                raise ChildProcessError(f"online simulation stopped: {made}") from made
+            made_lane, number, pairs, event = made
+            if event:
+                torch.cuda.current_stream(self.device).wait_event(event)
+                for tensor in pairs:
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+            self.held[made_lane] = number, pairs
+        return tuple(tensor[index] for tensor in self.held[lane][1])
+
+    def close(self):
+        self.closed = True
+        while self.thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self.queue.get(timeout=0.1)
+
+
+class Cached:
+    """Chunks written into a folder by processes of their own; those that are there are used as they are.
+
+    Raises ValueError where there is no room for them.
+    """
+
+    def __init__(self, plan, chunks, folder, n_workers, n_chunks):
+        self.plan, self.folder = plan, Path(folder) / plan.key()
+        check_writable(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need = (n_chunks - len(list(self.folder.glob("*/data/*.npy")))) * CHUNK_BYTES
+        if need > (free := shutil.disk_usage(self.folder).free):
+            raise ValueError(
+                f"{self.folder}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free; lower --online_pairs, or "
+                "give another folder by --online_cache"
+            )
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads half-way
+        self.workers = [
+            context.Process(target=fill, args=(plan, self.folder, chunks, w, n_workers), daemon=True)
+            for w in range(n_workers)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def sample(self, lane, k, index):
+        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk; raises ChildProcessError if nobody makes it."""
+        seis, vel = chunk_files(self.plan, self.folder, k)
+        while True:
+            codes = [worker.exitcode for worker in self.workers]  # before looking for what it wrote last
+            if seis.exists():
+                break
+            if any(codes) or None not in codes:
+                raise ChildProcessError(
+                    f"{seis}: missing, and the simulating processes ended with exit codes {codes}; see their "
+                    "message above; --resume goes on from the last checkpoint"
+                )
+            time.sleep(0.02)
+        arrays = (
+            check_shape(read_header(path), [(N_PAIRS, *shape)], "a chunk")
+            for path, shape in ((seis, GATHER_SHAPE), (vel, MAP_SHAPE))
+        )
+        return tuple(torch.from_numpy(np.array(array[index])) for array in arrays)
+
+    def close(self):
+        for worker in self.workers:
+            worker.terminate()
+            worker.join()
+
+
+def chunk_files(plan, folder, k):
+    """Seismic and velocity file of chunk k, named as OpenFWI's."""
+    family = folder / plan.family(k)[0]
+    return family / "data" / f"data{k + 1}.npy", family / "model" / f"model{k + 1}.npy"
+
+
+def fill(plan, folder, chunks, worker, n_workers):
+    """Simulate every `n_workers`th chunk that is not there, in its own process, until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the parent answers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by an exception, so that unfinished files go
+    os.nice(10)
+    torch.set_num_threads(1)
+    seen = set()
+    try:
+        for _, k in chunks():
+            if k in seen:
+                continue
+            seen.add(k)
+            seis_file, vel_file = chunk_files(plan, folder, k)
+            if len(seen) % n_workers != worker or seis_file.exists():
+                continue
+            seis, vel = exact_pairs(torch.from_numpy(plan.velocity(k)))
+            for path, values in ((vel_file, vel.numpy()), (seis_file, seis.numpy().astype(np.float16))):
+                with write_atomic(path) as part, open(part, "wb") as file:
+                    np.save(file, values)
+            if not multiprocessing.parent_process().is_alive():
+                return
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"online simulation: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- the training's side
+
+
+class Online:
+    """Puts simulated samples into training batches. Close it, or use it in a `with`."""
+
+    def __init__(self, cfg, process, items, steps):
+        plan, world_batch = make_plan(cfg, items), cfg.batch_size * process.world
+        global_batch = world_batch * cfg.accumulate
+        on_cuda = process.device.type == "cuda"
+        n_lanes = math.ceil(cfg.online * global_batch)
+        n_needed = n_lanes * (steps.stop // N_PAIRS + 1)
+        n_chunks = min(max(cfg.online_pairs // N_PAIRS, n_lanes), n_needed)
+        self.lanes = Lanes(cfg.online, global_batch, None if on_cuda else n_chunks)
+        places = {self.lanes.place(lane): lane for lane in range(n_lanes)}
+        # place in the global batch -> lane, of this rank only
+        self.mine = {
+            p: lane for p, lane in places.items() if p % world_batch // cfg.batch_size == process.rank
+        }
+        chunks = functools.partial(self.lanes.chunks, tuple(self.mine.values()), steps)
+        if on_cuda:
+            # one for each lane: all lanes come to their next chunks at the same step
+            self.made = Simulated(plan, chunks(), process.device, len(self.mine))
+        else:
+            folder = cfg.online_cache or Path(cfg.run_root) / "online_cache"
+            self.made = Cached(plan, chunks, folder, cfg.online_workers, n_chunks)
+
+    def mix(self, step, first_place, seis, vel, family):
+        """Replace this step's share of a batch, in place; its first sample is at `first_place` globally."""
+        for i in range(len(seis)):
+            if found := self.sample_at(step, first_place + i):
+                new_seis, new_vel = self.made.sample(*found)
+                seis[i], vel[i] = new_seis, new_vel
+                family[i] = FAMILIES.index(self.made.plan.family(found[1])[0])
+
+    def sample_at(self, step, place):
+        """(lane, chunk, index in it) of the sample simulated for a place of this rank; None where none is."""
+        lane = self.mine.get(place)
+        found = None if lane is None else self.lanes.sample(lane, step)
+        return found and (lane, *found)
+
+    def name(self, step, place):
+        """What was simulated for a place, for messages; None where nothing was."""
+        found = self.sample_at(step, place)
+        return found and f"simulated {self.made.plan.family(found[1])[0]}, chunk {found[1]}[{found[2]}]"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.made.close()

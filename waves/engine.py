@@ -1,0 +1,408 @@
+"""What equation.py computes with: the passes through time of a batch of shots, and the kernels for the steps.
+
+The Laplacian is symmetric, so alpha x the adjoint field obeys the recursion of equation.py backwards in time,
+driven by alpha x residual at the receivers; a change of the field obeys it too, driven by d_alpha lap p[n] -
+d_kappa (p[n] - p[n-1]). One kernel therefore serves simulation, gradient and Jacobian-vector product:
+`cpu.cpp` on a CPU with a C++ compiler, `cuda.py` (Triton) on CUDA, plain PyTorch elsewhere. A time step
+updates only the cells that energy can have reached and can still return from.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PLAIN, STORE, ADJOINT, TANGENT = range(4)  # what a pass through time does; the same numbers as in cpu.cpp
+BLOCK = 25  # time steps from one checkpoint to the next, and for which a window of active cells holds
+MARGIN = 8  # cells by which windows exceed the fastest ray, twice that in float64: errors < 1e-7 and 1e-12
+
+
+class Checkpoints(dict):
+    """First shot of a lane -> the fields at each block's start. `torch.func` would copy a plain dict."""
+
+
+class Job:
+    """A batch of shots in the kernels' layout, and the passes through time over it.
+
+    Fields are (..., nz + 1, stride); see cpu.cpp for the spare row and columns. Shots N = B x S. A lane is a
+    set of shots that one kernel call advances: a single shot on a CPU, where every thread takes lane after
+    lane so that its fields stay in cache, and all of them elsewhere.
+    """
+
+    def __init__(self, alpha, v_min, drive, acquisition, v_max):
+        self.n_maps, self.nz, self.nx = alpha.shape
+        self.n_sources, self.n_samples = drive.shape[1:]
+        self.n_shots, self.pad = self.n_maps * self.n_sources, acquisition.n_pad
+        self.stride = (self.nx + 15) // 16 * 16 + 16  # rows start on cache lines; room for what wraps
+        self.like, self.v_min, self.shape = alpha.detach(), v_min.detach(), drive.shape
+        self.drive = drive.detach().contiguous().flatten(0, 1)
+        self.alpha = self.layout(self.like)
+        kappa = (
+            acquisition.damping_per_velocity().to(alpha) * acquisition.dt_s * self.v_min[:, None]
+        )  # (B, pad)
+        self.kappa_z, kappa_x = (
+            torch.cat([kappa.flip(1), kappa.new_zeros(self.n_maps, n - 2 * self.pad), kappa], 1)
+            for n in (self.nz, self.nx)
+        )
+        self.kappa_x = F.pad(kappa_x, (0, self.stride - self.nx))
+        self.source_row = acquisition.source_row + self.pad
+        self.receiver_row = acquisition.receiver_row + self.pad
+        self.sources = [s + self.pad for s in acquisition.sources] * self.n_maps
+        self.shots = torch.arange(self.n_shots, device=alpha.device)
+        self.maps = self.shots // self.n_sources
+        self.source = self.source_row + 1, torch.tensor(self.sources, device=alpha.device)
+        columns = acquisition.receivers or (0, self.nx - 2 * self.pad - 1)
+        self.receivers = min(columns) + self.pad, max(columns) + self.pad
+        fastest = [math.ceil(v / 50) * 50 for v in v_max]  # few values, so that windows are found again
+        reach = torch.tensor(fastest, dtype=torch.float32) * acquisition.dt_s / acquisition.dx_m
+        self.reach = reach.to(alpha.device)[self.maps]
+        margin = MARGIN * alpha.element_size() // 4
+        self.windows, self.bounds = zip(
+            *(
+                windows_of(acquisition, self.nz, self.nx, s, v, margin)
+                for v in fastest
+                for s in acquisition.sources
+            ),
+            strict=True,
+        )
+        self.kernel, lane = _kernel(alpha.device.type)
+        self.lanes = [
+            slice(i, i + (lane or self.n_shots)) for i in range(0, self.n_shots, lane or self.n_shots)
+        ]
+        self.blocks = [(n, min(n + BLOCK, self.n_samples)) for n in range(0, self.n_samples, BLOCK)]
+
+    def layout(self, field):
+        return F.pad(field, (0, self.stride - self.nx, 1, 0)).contiguous()
+
+    def fields(self, *n):
+        """Uninitialised fields of a lane: (shots, *n, nz + 1, stride)."""
+        return self.empty(self.lanes[0].stop, *n, self.nz + 1, self.stride)
+
+    def empty(self, *shape):
+        """Uninitialised, on cache lines."""
+        if self.like.is_cuda:
+            return self.like.new_empty(shape)
+        n = math.prod(shape)
+        room = np.empty(n + 16, str(self.like.dtype)[6:])  # NumPy asks for huge pages, PyTorch does not
+        start = -room.ctypes.data % 64 // room.itemsize
+        return torch.from_numpy(room[start : start + n].reshape(shape))
+
+    def over_lanes(self, work):
+        """Call work(lanes) in every thread; together they take each lane once."""
+        lanes = iter(self.lanes)
+        n_threads = min(torch.get_num_threads(), len(self.lanes))
+        if n_threads == 1:
+            return work(lanes)
+        with ThreadPoolExecutor(n_threads) as pool:
+            for done in [pool.submit(work, lanes) for _ in range(n_threads)]:
+                done.result()
+
+    @functools.cached_property
+    def active(self):
+        """First shot of a lane -> for each block the index of the rows and columns with all active cells."""
+        wheres = {}
+        for lane in self.lanes:
+            bounds = np.stack(self.bounds[lane])  # (shots, blocks, 4)
+            bounds = np.concatenate([bounds[..., :2].min(0), bounds[..., 2:].max(0)], 1)
+            columns = [
+                (a, b) if a > 1 and b < self.nx - 1 else (0, self.stride) for _, a, _, b in bounds.tolist()
+            ]
+            rows = [slice(top, bottom + 1) for top, _, bottom, _ in bounds.tolist()]
+            wheres[lane.start] = [(..., z, slice(*x)) for z, x in zip(rows, columns, strict=True)]
+        return wheres
+
+    def simulate(self, seis, kept=None):
+        """Record seis (N, T, X); into kept put the checkpoints that `gradient` needs."""
+        if kept is not None:
+            self.check_memory()
+
+        def work(lanes):
+            p, p_old = self.fields(), self.fields()
+            for lane in lanes:
+                _fill(p, p_old)
+                kept_here = (
+                    None if kept is None else iter(kept.setdefault(lane.start, self.checkpoints(lane)))
+                )
+                for begin, end in [(0, self.n_samples)] if kept is None else self.blocks:
+                    if kept is not None:
+                        where, room = next(kept_here)
+                        _view(room)[0], _view(room)[1] = _view(p_old)[where], _view(p)[where]
+                    moving = {"p": p, "p_old": p_old, "drive": self.drive[lane], "gather": seis[lane]}
+                    p, p_old = self.kernel(self, PLAIN, lane, begin, end, **moving)
+
+        self.over_lanes(work)
+
+    def checkpoints(self, lane):
+        """For each block (where, room): the index of its active cells, and (2, shots, rows, columns)."""
+        n, wheres = lane.stop - lane.start, self.active[lane.start]
+        shapes = [(2, n, rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in wheres]
+        rooms = self.empty(sum(map(math.prod, shapes))).split([math.prod(shape) for shape in shapes])
+        return [(where, room.view(shape)) for where, room, shape in zip(wheres, rooms, shapes, strict=True)]
+
+    def gradient(self, d_seis, kept):
+        """Gradient towards (alpha, v_min, drive) from that towards seis (N, T, X) and the checkpoints."""
+        image = torch.zeros_like(self.alpha)[self.maps]
+        sponge, d_drive = self.drive.new_zeros(self.n_shots), torch.empty_like(self.drive)
+
+        def work(lanes):
+            history, p, p_old = self.fields(BLOCK + 2), self.fields(), self.fields()
+            for lane in lanes:
+                _fill(p, p_old)
+                for (begin, end), (where, room) in zip(
+                    reversed(self.blocks), reversed(kept[lane.start]), strict=True
+                ):
+                    # cpu.cpp clears what it will read; the others reach cells that hold a later time
+                    _fill(history[:, :2] if self.kernel is _run_cpp else history)
+                    for slot in range(2):
+                        _view(history[:, slot])[where] = _view(room)[slot]
+                    self.kernel(self, STORE, lane, begin, end, history=history, drive=self.drive[lane])
+                    moving = {"p": p, "p_old": p_old, "drive": d_drive[lane], "gather": d_seis[lane]}
+                    sums = {"image": image[lane], "sponge": sponge[lane]}
+                    p, p_old = self.kernel(self, ADJOINT, lane, begin, end, history=history, **moving, **sums)
+
+        self.over_lanes(work)
+        # kernels take p[n] - p[n-1] - (1 - kappa) (p[n-1] - p[n-2]) for alpha lap p[n-1]: not at the source
+        image[(self.shots, *self.source)] -= (d_drive * self.drive).sum(1) * self.alpha[
+            (self.maps, *self.source)
+        ]
+        d_alpha = image[:, 1:, : self.nx].unflatten(0, self.shape[:2]).sum(1) / self.like**2
+        return d_alpha, sponge.view(self.shape[:2]).sum(1) / self.v_min, d_drive.view(self.shape)
+
+    def tangent(self, d_alpha, d_v_min, d_drive):
+        """Change of the gathers (B, S, T, X) for given changes of (alpha, v_min, drive)."""
+        seis = self.drive.new_empty(*self.drive.shape, self.nx - 2 * self.pad)
+        image, sponge = self.layout(d_alpha / self.like)[self.maps], (d_v_min / self.v_min)[self.maps]
+        d_drive = (
+            d_drive.flatten(0, 1) - image[(self.shots, *self.source)][:, None] * self.drive
+        )  # which the history contains
+
+        def work(lanes):
+            history, p, p_old = self.fields(BLOCK + 2), self.fields(), self.fields()
+            for lane in lanes:
+                _fill(p, p_old, history)
+                for begin, end in self.blocks:
+                    _view(history)[:, :2] = _view(history)[:, BLOCK:]
+                    self.kernel(self, STORE, lane, begin, end, history=history, drive=self.drive[lane])
+                    moving = {"p": p, "p_old": p_old, "drive": d_drive[lane], "gather": seis[lane]}
+                    changes = {"image": image[lane], "sponge": sponge[lane]}
+                    p, p_old = self.kernel(
+                        self, TANGENT, lane, begin, end, history=history, **moving, **changes
+                    )
+
+        self.over_lanes(work)
+        return seis.unflatten(0, self.shape[:2])
+
+    def listen(self, rows, columns, every=1):
+        """Of every so many samples the fields at cells of the padded grid: (C,) each -> (N, T', C)."""
+        heard = self.empty(self.n_shots, -(-self.n_samples // every), len(rows))
+
+        def work(lanes):
+            p, p_old = self.fields(), self.fields()
+            gather = self.drive.new_empty(len(p), self.n_samples, self.nx - 2 * self.pad)
+            for lane in lanes:
+                _fill(p, p_old)
+                moving = {"drive": self.drive[lane], "gather": gather}
+                for k in range(heard.shape[1]):
+                    begin, end = max(0, (k - 1) * every + 1), k * every + 1
+                    p, p_old = self.kernel(self, PLAIN, lane, begin, end, p=p, p_old=p_old, **moving)
+                    _view(heard)[lane, k] = _view(p)[:, rows + 1, columns]
+
+        self.over_lanes(work)
+        return heard
+
+    def check_memory(self):
+        """Raise MemoryError where the checkpoints and buffers of a gradient would not fit."""
+        n_lanes = min(torch.get_num_threads(), len(self.lanes))
+        n_fields = self.n_shots + n_lanes * (BLOCK + 4) * self.lanes[0].stop
+        n_cells = n_fields * (self.nz + 1) * self.stride
+        for lane in self.lanes:
+            for _, rows, columns in self.active[lane.start]:
+                n_cells += (
+                    2 * (lane.stop - lane.start) * (rows.stop - rows.start) * (columns.stop - columns.start)
+                )
+        need, free = n_cells * self.like.element_size(), _free_bytes(self.like.device)
+        if need > free:
+            raise MemoryError(
+                f"gradient of {self.n_maps} maps: needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB free; "
+                f"take {max(1, int(self.n_maps * free / need))} maps at a time, or fewer samples or sources"
+            )
+
+
+def _free_bytes(device):
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def _view(tensor):
+    """What to copy and fill by: NumPy on a CPU, since PyTorch would start threads within our threads."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _fill(*tensors):
+    for tensor in tensors:
+        _view(tensor)[...] = 0
+
+
+@functools.lru_cache(maxsize=512)
+def windows_of(acq, nz, nx, source, v_max, margin):
+    """First and last + 1 active column of every row, (blocks, nz, 2) int32, and their bounds, (blocks, 4).
+
+    source is the map's column, nz and nx the padded grid's size, v_max in m/s.
+    A cell is active in a block of time steps if energy from the source can be there by the block's last step
+    and back at the receivers by the last sample, at v_max, round the periodic grid where that is shorter.
+    """
+    cells = v_max * acq.dt_s / acq.dx_m  # per time step
+    n, z = np.arange(0, acq.n_samples, BLOCK)[:, None], np.arange(nz)
+    halves = []  # width of the window to each side, (blocks, nz); NaN where not even the same column is near
+    for row, reach in ((acq.source_row, n + BLOCK), (acq.receiver_row, acq.n_samples - n)):
+        dz = abs(z - row - acq.n_pad)
+        square = (cells * reach + margin) ** 2 - np.minimum(dz, nz - dz) ** 2
+        halves.append(np.ceil(np.sqrt(np.where(square < 0, np.nan, square))))
+    columns, source = acq.receivers or (0, nx - 2 * acq.n_pad - 1), source + acq.n_pad
+    lo, hi = np.full_like(halves[0], np.inf), np.full_like(halves[0], -np.inf)
+    for lap in (-nx, 0, nx):  # the source and its images beyond the periodic grid's edges
+        left = np.maximum(source + lap - halves[0], min(columns) + acq.n_pad - halves[1])
+        right = np.minimum(source + lap + halves[0], max(columns) + acq.n_pad + halves[1]) + 1
+        meet = left < right  # false for NaN
+        lo, hi = np.where(meet, np.minimum(lo, left), lo), np.where(meet, np.maximum(hi, right), hi)
+    wraps = (lo < 0) | (hi > nx)
+    lo, hi = np.where(wraps, 0, lo), np.where(wraps, nx, hi)
+    lo, hi = np.where(lo < hi, (lo, hi), 0)  # no cell
+    lo, hi = np.floor(lo / 16) * 16, np.ceil(hi / 16) * 16  # whole vectors, into the spare columns
+    windows, bounds = np.stack([lo, hi], -1).astype(np.int32), []
+    for block in windows:
+        rows = np.flatnonzero(block[:, 1])
+        bounds.append(
+            (rows[0], block[rows, 0].min(), rows[-1] + 1, block[:, 1].max()) if len(rows) else (0,) * 4
+        )
+    return windows, np.array(bounds)
+
+
+def _kernel(device_type):
+    """The kernel to use and its shots per lane, None for all."""
+    if device_type == "cuda":
+        try:
+            from waves import cuda
+
+            if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+                raise ImportError("it needs a C compiler")
+            return cuda.run, None
+        except ImportError as error:
+            _say_once(f"wave: no Triton here ({error}); simulating in plain PyTorch, far slower")
+    elif device_type == "cpu" and compiled() is not None:
+        return _run_cpp, 1
+    return _run_torch, None
+
+
+@functools.cache
+def _say_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def compiled():
+    """cpu.cpp as a library, compiled for this machine in seconds; None, said once, where that fails."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    vectors = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
+    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast"]
+    reason = ""
+    with tempfile.TemporaryDirectory() as folder:
+        library, source = Path(folder, "cpu.so"), Path(__file__).with_name("cpu.cpp")
+        # old compilers do not know the levels
+        for target in (vectors.get(torch.backends.cpu.get_cpu_capability(), []), ["-march=native"]):
+            command = [compiler, *flags, *target, source, "-o", library]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                return ctypes.CDLL(str(library))
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = reason or (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+    _say_once(f"wave: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
+    return None
+
+
+class _Grid(ctypes.Structure):
+    names = "nz nx stride pad source_row source receiver_row block"
+    _fields_ = [(name, ctypes.c_long) for name in names.split()] + [("windows", ctypes.c_void_p)]
+
+
+class _Shot(ctypes.Structure):
+    names = "p p_old history alpha kappa_z kappa_x image drive gather sponge"
+    _fields_ = [(name, ctypes.c_void_p) for name in names.split()]
+
+
+def _run_cpp(job, mode, lane, begin, end, **tensors):
+    """Take a lane of one shot through samples begin ... end - 1; return the new (p, p_old), if any."""
+    shot, map_index = lane.start, lane.start // job.n_sources
+    size = (job.nz, job.nx, job.stride, job.pad)
+    grid = _Grid(
+        *size, job.source_row, job.sources[shot], job.receiver_row, BLOCK, job.windows[shot].ctypes.data
+    )
+    coefficients = {name: getattr(job, name)[map_index] for name in ("alpha", "kappa_z", "kappa_x")}
+    pointers = _Shot(**{name: tensor.data_ptr() for name, tensor in (tensors | coefficients).items()})
+    run = getattr(compiled(), {torch.float32: "wave_float32", torch.float64: "wave_float64"}[job.like.dtype])
+    run(mode, ctypes.byref(grid), ctypes.byref(pointers), ctypes.c_long(begin), ctypes.c_long(end))
+    return _order(tensors.get("p"), tensors.get("p_old"), end - begin)
+
+
+def _order(p, p_old, n_steps):
+    """Every step writes over p_old, so that the two change places."""
+    return (p, p_old) if n_steps % 2 == 0 else (p_old, p)
+
+
+def _run_torch(
+    job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
+):
+    """As `_run_cpp`, for all shots at once and on the full grid."""
+    inside, columns = (..., slice(1, None), slice(job.nx)), slice(job.pad, job.nx - job.pad)
+    maps, shots = job.maps[lane], job.shots[lane] - lane.start
+    alpha, kappa = job.alpha[maps][inside], job.kappa_x[maps, None, : job.nx].repeat(1, job.nz, 1)
+    kappa[..., columns] = job.kappa_z[maps, :, None]
+    source, receivers = (shots, job.source_row, job.source[1][lane]), (slice(None), job.receiver_row, columns)
+    here, before = (None, None) if mode == STORE else (p[inside], p_old[inside])
+    for n in range(begin, end) if mode != ADJOINT else range(end - 1, begin - 1, -1):
+        if mode != PLAIN:
+            older, old, now = (history[:, n - begin + slot][inside] for slot in range(3))
+        if mode == STORE:
+            now.copy_(_next(old, older, alpha, kappa))
+            now[source] += drive[:, n]
+            continue
+        if mode == ADJOINT:
+            here[receivers] += alpha[receivers] * gather[:, n]
+            drive[:, n] = here[source] / alpha[source]
+            image[inside] += here * (now - old - (1 - kappa) * (old - older))
+            sponge -= (here * (old - older) * kappa / alpha).sum((1, 2))
+        before.copy_(_next(here, before, alpha, kappa))
+        here, before = before, here
+        if mode == TANGENT:
+            here += image[inside] * (now - old - (1 - kappa) * (old - older))
+            here -= sponge[:, None, None] * kappa * (old - older)
+        if mode != ADJOINT:
+            here[source] += drive[:, n]
+            gather[:, n] = here[receivers]
+    return _order(p, p_old, end - begin)
+
+
+def _next(p, p_old, alpha, kappa):
+    return p + ((1 - kappa) * (p - p_old) + alpha * _laplacian(p))
+
+
+def _laplacian(p):
+    """Fourth-order, periodic; from differences to the centre, which loses less than -5 p."""
+    near, far = (sum(p.roll(s, d) - p for d in (-2, -1) for s in (shift, -shift)) for shift in (1, 2))
+    return 4 / 3 * near - 1 / 12 * far
