@@ -24,7 +24,7 @@ class Config:
     threads: int = 0  # CPU threads a process; 0 = all cores shared among this machine's processes
 
     # data
-    data_root: tuple = ("openfwi",)  # folders searched for OpenFWI or Kaggle training files
+    data_root: tuple = ("data_openfwi",)  # folders searched for OpenFWI or Kaggle training files
     val_root: tuple = ()  # folders used whole for validation; empty = split data_root
     families: tuple = ()  # names of those to use; empty = all that are found
     split: str = "file"  # file = whole files, as the baseline; share = the last samples of each file

@@ -20,68 +20,17 @@ from tqdm import tqdm
 from cfg import NETWORK_FIELDS, parse
 from inference.ensemble import Member, shares
 from inference.pseudo import check_root, write_pseudo
-from inference.submission import MAP_FIELD, Work, fingerprint, write_submission
+from inference.refine import REFINE, inversion_batches
+from inference.results import Work, fingerprint
+from inference.submission import MAP_FIELD, write_submission
 from inference.tta import make_views, predict, predict_views
-from inversion.invert import expected_gain, invert, is_searched
+from inversion.invert import expected_gain
 from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
-from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, mae_of, run_step, try_steps
-from report.predictions import (
-    by_family,
-    draw,
-    draw_families,
-    error_table,
-    print_misfits,
-    print_warnings,
-    write_misfits,
-)
-from utils import (
-    FAMILIES,
-    V_MAX,
-    V_MIN,
-    check_family,
-    check_writable,
-    processes,
-    run_program,
-    score_table,
-    write_atomic,
-)
-from waves.misfit import MISFITS, WARNINGS, compare, feedback, simulated
-
-# ---------------------------------------------------------------- refining
-
-
-def refine_feedback(model, seis, vel, families, cfg):
-    maps, misfits = feedback(model, seis, vel, cfg.refine_rounds, cfg.refine_step)
-    return maps, [{"misfits": [float(f"{m:.6g}") for m in row]} for row in misfits.T.tolist()]
-
-
-def refine_inversion(model, seis, vel, families, cfg):
-    return invert(seis, vel, families, cfg.refine_minutes, cfg.refine_iterations)
-
-
-def inversion_batches(numbers, families, size):
-    """Gathers in their order: one that is searched is kept as soon as it is done, for that takes minutes.
-
-    Those that are only fitted cell by cell are fitted `size` together, in the place of the first.
-    """
-    batches, together = [], []
-    for i in numbers:
-        if is_searched(families[i]):
-            batches.append([i])
-        else:
-            if len(together) % size == 0:
-                together = []
-                batches.append(together)
-            together.append(i)
-    return batches
-
-
-# name: f(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg)
-# -> (maps (B, 1, 70, 70), a dict for JSON each: what it tells of its course)
-REFINE = {"feedback": refine_feedback, "inversion": refine_inversion}
-
-
-# ---------------------------------------------------------------- the run
+from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_step, try_steps
+from report.predictions import draw, draw_families, print_misfits, print_warnings, write_misfits
+from report.scores import by_family, error_table, mae_of, score_table
+from utils import FAMILIES, V_MAX, V_MIN, check_family, check_writable, processes, run_program, write_atomic
+from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
 
 class Run:

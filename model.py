@@ -5,150 +5,23 @@ for key, so that their checkpoints load; "seisnext" is ours, made for speed; "in
 of the OpenFWI paper (Deng et al., 2022, arXiv 2111.02926). `python model.py --arch=NAME` measures one.
 """
 
-import dataclasses
-import pickle
-import time
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from cfg import parse
-from networks.encoder import N_SOURCES, SeisEncoder, conv_act, named, timm_encoder
-from utils import FAMILIES, V_MAX, V_MIN, mirror_survey, run_program
+from networks.decoder import (
+    DECODER_NORMS,
+    HEADS,
+    N_LEVELS,
+    UPSAMPLE,
+    Decoder,
+    Fusion,
+    PerfectSegmentationHead,
+)
+from networks.encoder import N_SOURCES, SeisEncoder, timm_encoder
+from utils import FAMILIES, V_MAX, V_MIN, mirror_survey
 
-MAP_SIZE = 70
 MODES = {"full": (1000, 70), "smart_256x72": (256, 72), "small_72x72": (72, 72)}  # (T, R) of the input
-N_LEVELS = 3  # of the decoder
-
-# ---------------------------------------------------------------------------- decoder
-
-
-UPSAMPLE = {
-    "transposed": lambda n: named(deconv=nn.ConvTranspose2d(n, n, 2, 2)),
-    # the 2x2 mean after the shuffle removes its checkerboard (Sugawara et al., 2018)
-    "pixelshuffle": lambda n: named(
-        conv_block=nn.Conv2d(n, 4 * n, 3, padding=1),
-        shuffle=nn.PixelShuffle(2),
-        pad=nn.ZeroPad2d((1, 0, 1, 0)),
-        pool=nn.AvgPool2d(2, 1),
-    ),
-    "nearest": lambda n: nn.Upsample(scale_factor=2),
-}
-DECODER_NORMS = {
-    "none": nn.Identity,
-    "instance": lambda n: nn.InstanceNorm2d(n, affine=True),
-    "batch": nn.BatchNorm2d,
-}
-
-
-class SCSE(nn.Module):
-    """Concurrent spatial and channel squeeze and excitation (Roy et al., 2018, arXiv 1803.02579)."""
-
-    def __init__(self, width, reduction=16):
-        super().__init__()
-        squeeze, excite = (
-            nn.Conv2d(width, width // reduction, 1),
-            nn.Conv2d(width // reduction, width, 1),
-        )
-        self.cSE = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
-        self.sSE = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Sigmoid())
-
-    def forward(self, x):
-        return x * self.cSE(x) + x * self.sSE(x)
-
-
-class DecoderBlock(nn.Module):
-    """Upsample to the skip's size, join, convolve twice."""
-
-    def __init__(self, n_in, n_skip, n_out, cfg):
-        super().__init__()
-        norm = DECODER_NORMS[cfg.decoder_norm]
-        attention = (lambda n: named(attention=SCSE(n))) if cfg.scse else nn.Identity
-        self.upsample = UPSAMPLE[cfg.upsample](n_in)
-        skip_convs = [conv_act(n_skip, n_skip, norm) for _ in range(2 * cfg.skip_convs)]
-        self.intermediate_conv = nn.Sequential(*skip_convs)
-        self.attention1 = attention(n_in + n_skip)
-        self.conv1 = conv_act(n_in + n_skip, n_out, norm)
-        self.conv2 = conv_act(n_out, n_out, norm)
-        self.attention2 = attention(n_out)
-
-    def forward(self, x, skip):
-        x = self.upsample(x)
-        if x.shape[-2:] != skip.shape[-2:]:
-            x = F.interpolate(x, skip.shape[-2:], mode="bilinear")
-        x = self.attention1(torch.cat([x, self.intermediate_conv(skip)], 1))
-        return self.attention2(self.conv2(self.conv1(x)))
-
-
-class Decoder(nn.Module):
-    """U-Net decoder: feature maps, fine to coarse -> its levels, coarse to fine."""
-
-    def __init__(self, n_features, cfg):
-        super().__init__()
-        *n_skips, n_deepest = n_features
-        n_levels = len(n_skips) - cfg.out_level
-        self.widths = cfg.decoder_channels[:n_levels]
-        n_in = [n_deepest, *self.widths[:-1]]
-        widths = zip(n_in, n_skips[::-1][:n_levels], self.widths, strict=True)
-        self.blocks = nn.ModuleList(DecoderBlock(*width, cfg) for width in widths)
-
-    def forward(self, features):
-        *skips, x = features
-        levels = []
-        for block, skip in zip(self.blocks, reversed(skips), strict=False):
-            x = block(x, skip)
-            levels.append(x)
-        return levels
-
-
-class Fusion(nn.Module):
-    """Weighted mean of the decoder levels, brought to the size and width of the last.
-
-    The weights are learned through a softmax, or given and normalised.
-    """
-
-    def __init__(self, widths, given):
-        super().__init__()
-        self.project = nn.ModuleList(nn.Conv2d(width, widths[-1], 1) for width in widths)
-        self.logits = nn.Parameter(torch.tensor(given or [1.0] * len(widths)).log(), requires_grad=not given)
-
-    def forward(self, levels):
-        size = levels[-1].shape[-2:]
-        parts = zip(self.logits.softmax(0), self.project, levels, strict=True)
-        return sum(w * F.interpolate(project(x), size, mode="bilinear") for w, project, x in parts)
-
-
-# ---------------------------------------------------------------------------- heads and input scaling
-
-
-class CropHead(nn.Module):
-    """The baseline's head: (B, C, 72, 72) -> (B, n_out, 70, 70)."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.conv = nn.Conv2d(n_in, n_out, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)[..., 1:-1, 1:-1]
-
-
-class PerfectSegmentationHead(nn.Module):
-    """Features of any size, resized and refined: (B, C, H, W) -> (B, n_out, 70, 70)."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.refine = nn.Conv2d(n_in, n_in, 3, padding=1)
-        self.conv = nn.Conv2d(n_in, n_out, 3, padding=1)
-
-    def forward(self, x):
-        x = F.interpolate(x, (MAP_SIZE, MAP_SIZE), mode="bilinear")
-        return self.conv(F.gelu(self.refine(x)))
-
-
-HEADS = {"crop": CropHead, "perfect": PerfectSegmentationHead}
 
 
 class SignedLog(nn.Module):
@@ -185,9 +58,6 @@ def check_input(seis, shape):
     """Raise ValueError unless `seis` is (B, *shape)."""
     if seis.ndim != 4 or tuple(seis.shape[1:]) != shape:
         raise ValueError(f"gathers of shape {tuple(seis.shape)}, expected (B, {', '.join(map(str, shape))})")
-
-
-# ---------------------------------------------------------------------------- networks
 
 
 class UNet(nn.Module):
@@ -277,9 +147,8 @@ class InversionNet(nn.Module):
         return to_velocity(self.layers(self.scaling(seis)), bounded=False)
 
 
-# ---------------------------------------------------------------------------- entry points
-
 ARCHS = {"unet": UNet, "seisnext": SeisNeXt, "inversionnet": InversionNet}
+
 CHOICES = {
     "arch": ARCHS,
     "mode": MODES,
@@ -290,6 +159,7 @@ CHOICES = {
     "head": HEADS,
     "input_scaling": SCALINGS,
 }
+
 EXTRAS = ("confidence", "classify_family", "deep_supervision")  # need extra_loss in training
 
 
@@ -361,115 +231,3 @@ def extra_loss(extras, pred, vel, family):
     for level in extras.get("levels", ()):
         loss = loss + 0.3 * F.l1_loss(level, vel)
     return loss
-
-
-SIZES = {  # (stem width, blocks in the third stage): size
-    "convnext": {
-        **{(40, 6): "atto", (48, 6): "femto", (64, 6): "pico", (80, 8): "nano", (96, 9): "tiny"},
-        **{(96, 27): "small", (128, 27): "base", (192, 27): "large", (256, 27): "xlarge", (352, 27): "huge"},
-    },
-    "caformer": {(64, 9): "s18", (64, 18): "s36", (96, 18): "m36", (128, 18): "b36"},
-}
-
-
-def guess_backbone(state):
-    """Name of the timm backbone that a state dict's keys and shapes suggest, or None."""
-    depth = len({key.split(".")[3] for key in state if key.startswith("backbone.stages_2.blocks.")})
-    for family, stem in (
-        ("convnext", "backbone.stem_0.1.weight"),
-        ("caformer", "backbone.stem.1.conv.weight"),
-    ):
-        if stem in state and (len(state[stem]), depth) in SIZES[family]:
-            version = "v2" if any(".grn." in key for key in state) else ""
-            return f"{family}{version}_{SIZES[family][len(state[stem]), depth]}"
-    return None
-
-
-def load_weights(model, source, name="state dict"):
-    """Load a state dict, or the path of one, strictly, without the prefixes of torch.compile and DDP.
-
-    Raises ValueError where it does not fit, with the backbone it seems to be of.
-    """
-    if isinstance(source, str | Path):
-        name = source
-        try:
-            source = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{name}: no state dict that torch.load(weights_only=True) reads") from error
-    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in source.items()}
-    mine = model.state_dict()
-    faults = {
-        "misses": [key for key in mine if key not in state],
-        "has unexpected": [key for key in state if key not in mine],
-        "has another shape of": [key for key in mine if key in state and mine[key].shape != state[key].shape],
-    }
-    found = ", ".join(f"{what} {keys[0]}" for what, keys in faults.items() if keys)
-    if found:
-        guess = guess_backbone(state)
-        remedy = (
-            f"it seems to be a {guess}: --backbone={guess}" if guess else "give its --arch and --backbone"
-        )
-        if guess and guess.startswith("caformer"):
-            remedy += " --norm=layer --activation=original --upsample=pixelshuffle --scse --skip_convs"
-        raise ValueError(f"{name}: does not fit this network ({found}); {remedy}")
-    model.load_state_dict(state)
-
-
-# ---------------------------------------------------------------------------- the table
-
-
-def measure(cfg, batch):
-    """Size and speed of a configuration's network, {what: text}."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_model(cfg).to(device)
-    seis = torch.randn(batch, N_SOURCES, *MODES[cfg.mode], device=device)
-    saved = {}
-
-    def keep(tensor):
-        saved[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(seis).mean().backward()
-    activations = sum(saved.values()) - sum(saved.get(p.data_ptr(), 0) for p in network.parameters())
-    training_ms = _time_ms(lambda: network(seis).mean().backward(), device)
-    network.eval().requires_grad_(False)
-    forward_ms = _time_ms(lambda: network(seis), device)
-    with FlopCounterMode(display=False) as flops:
-        network(seis)
-    table = {
-        "parameters": f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M",
-        "multiply-adds": f"{flops.get_total_flops() / 2e9 / batch:.2f} G a sample",
-        "activations": f"{activations / 1e6 / batch:.1f} MB a sample, kept for the gradient",
-        "forward": f"{forward_ms / batch:.2f} ms a sample ({device.type}, batch {batch})",
-        "forward + backward": f"{training_ms / batch:.2f} ms a sample",
-    }
-    if isinstance(network, UNet):
-        features = network.backbone(network.scaling(seis))
-        table["features"] = ", ".join("x".join(map(str, x.shape[1:])) for x in features)
-    return table
-
-
-def _time_ms(step, device, n=3):
-    """Least time of n calls, after one to warm up."""
-    times = []
-    for _ in range(n + 1):
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return min(times[1:])
-
-
-def main(argv):
-    cfg = parse(argv)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    table = measure(dataclasses.replace(cfg, pretrained=False), cfg.batch_size)
-    print(f"arch {cfg.arch}, mode {cfg.mode}" + (f", backbone {cfg.backbone}" if cfg.arch == "unet" else ""))
-    for what, text in table.items():
-        print(f"{what:20}{text}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from report.scores import mae_of
 from utils import V_MAX, V_MIN
 
 # ---------------------------------------------------------------- several maps into one
@@ -222,6 +223,7 @@ STEPS = {  # name in --post: function; those in LAYERED, FLAT and FITTED need to
     "round": torch.round,
     "clip": partial(torch.clamp, min=V_MIN, max=V_MAX),
 }
+
 FLAT, LAYERED, FITTED = ("flat_rows",), ("snap",), ("statistical_correction",)
 
 
@@ -247,11 +249,6 @@ def check_steps(names, is_fitted=True):
             raise ValueError(f"--post={name}: expected some of {all_names}, divided by commas, or auto")
         if name in FITTED and not is_fitted:
             raise ValueError(f"--post={name} needs statistics: fit by --fit=FILE, give it by --use=FILE")
-
-
-def mae_of(vel, truth):
-    """Mean absolute error of each map: (B, 1, Z, X) twice -> (B,) float64 m/s."""
-    return (vel.cpu().double() - truth.cpu().double()).abs().mean((1, 2, 3))
 
 
 def helps(before, after):

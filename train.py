@@ -11,110 +11,38 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
+import time
 
 import torch
-import torch.distributed as dist
 
-import synth
-from cfg import FREE_FIELDS, network_config, parse
-from data import load_items, mean_map, preprocess
-from model import build_model, check_model, load_weights
+from cfg import network_config, parse
+from data import load_items, mean_map
+from model import build_model, check_model
 from openfwi.files import find_pairs
+from openfwi.modes import preprocess
+from report.figures import prediction_figure
+from report.scores import Score, score_table
+from synthetic.dataset import write_dataset
 from training.augment import is_on
+from training.guards import BadSteps, Stop
 from training.loader import make_loaders
-from training.log import BadSteps, Log
+from training.log import Log
 from training.loss import parse_family_weights
 from training.online import Online
-from training.trainer import Stop, Trainer, save_last, train_epoch
+from training.runs import check_reload, open_run, save_last
+from training.trainer import Trainer
 from utils import (
     FAMILIES,
-    Score,
-    averaged_weights,
     check_writable,
-    environment,
-    launch_line,
     load_checkpoint,
-    new_run_folder,
-    prediction_figure,
     processes,
-    read_lines,
-    run_folders,
     run_program,
     save_checkpoint,
-    score_table,
     seed_all,
     write_atomic,
 )
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
-
-
-# ---------------------------------------------------------------- run folders
-
-
-def open_run(cfg, process, global_batch):
-    """The run folder, and the state to go on from, None for a new run; the same on all ranks."""
-    folders = []
-    if cfg.resume:
-        folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
-        folders = [
-            f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
-        ]
-    folder = next((f for f in folders if (f / "last.pt").exists() or (f / "previous.pt").exists()), None)
-    if folder is not None:
-        state = latest_state(folder)
-        check_same_run(cfg, folder, state, global_batch)
-        return folder, state
-    if cfg.resume not in ("", "auto"):
-        raise ValueError(f"{cfg.resume}: no last.pt to resume from; start without --resume")
-    process.barrier()  # nobody looks for folders to resume any more
-    folder = [None]
-    if process.is_main:
-        folder = [new_run_folder(cfg.run_root, cfg.name)]
-        (folder[0] / "cfg.json").write_text(
-            json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8"
-        )
-        (folder[0] / "env.txt").write_text(environment(process.device), encoding="utf-8")
-    if process.world > 1:
-        dist.broadcast_object_list(folder)
-    return folder[0], None
-
-
-def latest_state(folder):
-    """The newest whole checkpoint of a run folder; raises ValueError where there is none."""
-    failures = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            state = load_checkpoint(path)
-        except ValueError as error:
-            failures.append(str(error))
-            continue
-        if "optimizer" not in state:
-            raise ValueError(
-                f"{path}: holds weights only, expected all of a run; start from it by --ckpt={path}"
-            )
-        if failures:
-            print(f"{failures[0]}; going on from {path}", flush=True)
-        return state
-    raise ValueError("; ".join(failures))
-
-
-def check_same_run(cfg, folder, state, global_batch):
-    """Refuse to go on with a run of another configuration, naming what differs."""
-    saved, asked = state["cfg"], dataclasses.asdict(cfg)
-    differs = [f"{n}: {saved.get(n)} there, {asked[n]} here" for n in asked
-               if n not in FREE_FIELDS and saved.get(n) != asked[n]]  # fmt: skip
-    if state["global_batch"] != global_batch:
-        differs.append(f"samples a step: {state['global_batch']} there, {global_batch} here")
-    if differs:
-        raise ValueError(
-            f"{folder}: another configuration ({'; '.join(differs)}); resume with the same options"
-        )
-
 
 # ---------------------------------------------------------------- validation
 
@@ -201,7 +129,7 @@ def prepare_data(cfg, process):
     if cfg.synth_per_family:
         if process.is_main:
             families = cfg.families or FAMILIES
-            synth.write_dataset(
+            write_dataset(
                 cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, "float16", device=cfg.device
             )
         process.barrier()
@@ -284,18 +212,6 @@ def train(cfg, process):
     return folder, trainer.best_mae
 
 
-@torch.no_grad()
-def check_reload(cfg, folder, trainer, loader):
-    """Reload best.pt as `infer.py` does; raises ValueError unless it predicts what was validated."""
-    checkpoint = load_checkpoint(folder / "best.pt")
-    network = build_model(network_config(cfg, checkpoint)).to(trainer.process.device).eval()
-    load_weights(network, averaged_weights(checkpoint), str(folder / "best.pt"))
-    seis = preprocess(next(iter(loader))[0].to(trainer.process.device).float(), cfg.mode)
-    if not torch.equal(network(seis), trainer.ema.module.eval()(seis)):
-        raise ValueError(f"{folder}/best.pt: predicts otherwise after reloading")
-    print("smoke: trained, validated, saved, reloaded and predicted")
-
-
 def check_config(cfg):
     """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
     if cfg.eval_only and not cfg.ckpt:
@@ -346,3 +262,52 @@ def main(argv):
 
 if __name__ == "__main__":
     run_program(main)
+
+
+def steps_of(trainer, loader):
+    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
+    sampler = loader.batch_sampler
+    sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
+    batches, indices, data_s = [], [], 0.0
+    before = time.perf_counter()
+    for *batch, index in loader:
+        waited_s = time.perf_counter() - before
+        batches.append(trainer.prepare(len(batches), *batch))
+        # with online simulation, preparing a batch may wait for it
+        data_s += waited_s if trainer.online is None else time.perf_counter() - before
+        indices += index.tolist()
+        if len(batches) == trainer.cfg.accumulate:
+            yield batches, indices, data_s
+            batches, indices, data_s = [], [], 0.0
+        before = time.perf_counter()
+
+
+def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
+    """The rest of the current epoch, or up to a stop."""
+    cfg = trainer.cfg
+    for batches, indices, data_s in steps_of(trainer, loader):
+        torch.manual_seed(trainer.step_seed() + trainer.process.rank)  # drop path
+        losses, mae, norm = trainer.train_step(batches)
+        bad_steps.add(norm, losses, batches, indices)
+        log.add(mae, norm, data_s)
+        if profiler is not None:
+            profiler.step()
+        if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
+            log.write()
+        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
+            save_last(trainer, log.folder)
+        if stop.agree():
+            break
+    bad_steps.check()
+    if cfg.skip_bad_files:
+        count_skipped(trainer, loader, log)
+
+
+def count_skipped(trainer, loader, log):
+    """Print and log how many reads of bad samples all ranks have replaced so far."""
+    process = trainer.process
+    mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
+    n = int(process.sum(mine).item())
+    if process.is_main and n:
+        print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
+        log.record({"step": trainer.step, "skipped_samples": n})

@@ -5,12 +5,8 @@ import ctypes
 import datetime
 import difflib
 import json
-import math
 import os
-import platform
 import random
-import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +20,9 @@ FAMILIES = (  # OpenFWI's ten families, in its own order
     *("FlatVel_A", "FlatVel_B", "CurveVel_A", "CurveVel_B", "FlatFault_A", "FlatFault_B"),
     *("CurveFault_A", "CurveFault_B", "Style_A", "Style_B"),
 )
+
 V_MIN, V_MAX = 1500.0, 4500.0  # OpenFWI's velocity range, m/s
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -240,53 +238,6 @@ def averaged_weights(checkpoint):
     return checkpoint.get("ema", checkpoint["model"])
 
 
-def run_folders(root, name):
-    """Existing runs/<number>-<name>/ folders, oldest first."""
-    found = [
-        (int(m[1]), p)
-        for p in Path(root).glob("*")
-        if (m := re.fullmatch(r"(\d+)-(.+)", p.name)) and m[2] == name
-    ]
-    return [p for _, p in sorted(found)]
-
-
-def new_run_folder(root, name):
-    """Make runs/<number>-<name>/ with the next free number; raises OSError where that fails."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    taken = [int(m[1]) for p in Path(root).iterdir() if (m := re.match(r"(\d+)-", p.name))]
-    folder = Path(root) / f"{max(taken, default=0) + 1:03d}-{name}"
-    folder.mkdir()
-    return folder
-
-
-def environment(device):
-    """Commit, versions and device, one `name: value` a line, for env.txt."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "unknown"
-    card = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    rows = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": f"{device} ({card}), {torch.get_num_threads()} CPU threads",
-    }
-    return "".join(f"{name}: {value}\n" for name, value in rows.items()) + launch_line() + "\n"
-
-
-def launch_line():
-    """What tells one launch from another: torchrun's restarts keep both its id and its process."""
-    return f"launch: {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {os.getppid()}"
-
-
 def read_lines(path):
     """The lines of a text file, none where it is missing."""
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
@@ -296,129 +247,3 @@ def append_json(path, record):
     """Append one line to a .jsonl file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-# ---------------------------------------------------------------- scores
-
-
-class Score:
-    """Mean absolute error per family, summed per sample in float64."""
-
-    def __init__(self):
-        self.sums = torch.zeros(len(FAMILIES) + 1, 2, dtype=torch.float64)  # on the CPU: MPS has no float64
-
-    def add(self, prediction, target, family):
-        """Add maps (B, 1, Z, X) in m/s; family (B,) indexes FAMILIES, -1 = unknown."""
-        error = (prediction.double().cpu() - target.double().cpu()).abs().mean((1, 2, 3))
-        index = family.cpu().long() % (len(FAMILIES) + 1)
-        self.sums.index_add_(0, index, torch.stack([error, torch.ones_like(error)], 1))
-
-    def gather(self, process):
-        """Add up all processes' sums."""
-        self.sums = process.sum(
-            self.sums.to(process.device if process.device.type == "cuda" else "cpu")
-        ).cpu()
-        return self
-
-    def result(self):
-        """{family: (MAE m/s, samples)} of the families seen, and "all" over every sample."""
-        rows = {
-            name: (total / n, int(n))
-            for name, (total, n) in zip((*FAMILIES, "unknown"), self.sums.tolist(), strict=True)
-            if n
-        }
-        total, n = self.sums.sum(0).tolist()
-        return {**rows, "all": (total / n if n else math.nan, int(n))}
-
-
-def ssim(prediction, target, size=11, sigma=1.5):
-    """Structural similarity of maps (B, 1, Z, X) in m/s as OpenFWI takes it: (B,), 1 where they are equal.
-
-    On velocities mapped to [0, 1], in Gaussian windows of `size` cells, zeros beyond the edges
-    (Wang et al., 2004, "Image quality assessment").
-    """
-    a, b = ((vel.double() - V_MIN) / (V_MAX - V_MIN) for vel in (prediction, target))
-    side = torch.exp(-((torch.arange(size, device=a.device) - size // 2) ** 2) / (2 * sigma**2)).double()
-    window = torch.outer(side, side)[None, None] / side.sum() ** 2
-    maps = torch.cat([a, b, a * a, b * b, a * b], 1)
-    means = torch.nn.functional.conv2d(maps, window.expand(5, 1, -1, -1), padding=size // 2, groups=5)
-    mean_a, mean_b, square_a, square_b, product = means.split(1, 1)
-    c1, c2 = 0.01**2, 0.03**2
-    alike = (2 * mean_a * mean_b + c1) * (2 * (product - mean_a * mean_b) + c2)
-    at_most = (mean_a**2 + mean_b**2 + c1) * (square_a - mean_a**2 + square_b - mean_b**2 + c2)
-    return (alike / at_most).mean((1, 2, 3))
-
-
-def score_table(result, reference=None, reference_name="mean map"):
-    """Rows of a score, beside a reference score: one string."""
-    lines = [f"{'family':<14}{'samples':>8}{'MAE m/s':>10}"]
-    if reference:
-        lines[0] += f"{reference_name:>12}{'ratio':>8}"
-    for name, (mae, n) in result.items():
-        line = f"{name:<14}{n:>8}{mae:>10.2f}"
-        if reference:
-            line += f"{reference[name][0]:>12.2f}{mae / (reference[name][0] or math.nan):>8.3f}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- figures
-
-
-def pyplot():
-    """matplotlib's pyplot without a screen; None, said in one line, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figures: matplotlib is not installed (pip install matplotlib)")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(fig, path):
-    """Write a figure as .png, whole or not at all, and close it."""
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
-    pyplot().close(fig)
-
-
-def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
-    """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
-    if values is None:
-        ax.axis("off")
-        return
-    extent = (0, dx_m * values.shape[1], dx_m * values.shape[0], 0)
-    image = ax.imshow(values, extent=extent, cmap=cmap, vmin=vmin, vmax=vmax)
-    ax.set(title=title, xlabel="x (m)", ylabel="depth (m)")
-    fig.colorbar(image, ax=ax, label="m/s")
-
-
-def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
-    """Draw gather, truth, prediction and error (prediction − truth), a row a sample, into `path`.
-
-    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s.
-    """
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, axes = plt.subplots(len(rows), 4, figsize=(13, 2.9 * len(rows)), squeeze=False, layout="constrained")
-    for ax, (title, seis, truth, prediction) in zip(axes, rows, strict=True):
-        gather = np.asarray(seis[len(seis) // 2], np.float32)
-        low, high = np.percentile(gather, (5, 95))
-        width_m = dx_m * gather.shape[1]
-        ax[0].imshow(gather, cmap="gray", vmin=low, vmax=high, aspect="auto",
-                     extent=(0, width_m, dt_s * len(gather), 0))  # fmt: skip
-        ax[0].set(title=f"{title}: centre shot", xlabel="receiver (m)", ylabel="time (s)")
-        draw_map(fig, ax[1], "truth", truth)
-        draw_map(fig, ax[2], "prediction", prediction)
-        if truth is not None:
-            error = prediction - truth
-            title = f"error, MAE {np.abs(error).mean():.0f} m/s"
-            limit = max(float(np.abs(error).max()), 1.0)
-            draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        else:
-            ax[3].axis("off")
-    save_figure(fig, path)

@@ -1,4 +1,4 @@
-"""Compare networks and options at equal training cost: `python ablation.py --train DIR --test DIR`.
+"""Compare networks at equal training cost: `python -m benchmarks.ablation --train DIR --test DIR`.
 
 A run trains for a budget of CPU seconds of one thread (`time.process_time`: waiting for other programs costs
 nothing) and anneals its rate over it. Each finished run appends a line to --results, and started again the
@@ -19,23 +19,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from cfg import Config, parse
-from data import load_items, mean_map, preprocess
+from data import load_items, mean_map
 from model import check_model
 from openfwi.files import read_sample
+from openfwi.modes import preprocess
+from report.figures import pyplot, save_figure
+from report.scores import ssim
+from train import train_epoch
+from training.guards import BadSteps
 from training.loader import PairDataset, make_loaders
-from training.log import BadSteps, Log
-from training.trainer import Trainer, train_epoch
-from utils import (
-    append_json,
-    environment,
-    processes,
-    pyplot,
-    read_lines,
-    run_program,
-    save_figure,
-    seed_all,
-    ssim,
-)
+from training.log import Log
+from training.runs import environment
+from training.trainer import Trainer
+from utils import append_json, processes, read_lines, run_program, seed_all
 
 # options of cfg.py: one rate for all, tuned for none; the budget ends a run, nothing is logged or saved
 COMMON = "lr=1e-3 min_lr=1e-5 weight_decay=0.05 batch_size=8 pretrained=false precision=float32 device=cpu "

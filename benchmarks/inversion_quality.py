@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from cfg import Config
-from data import preprocess, whole
+from data import whole
 from inference.ensemble import Member
 from inversion.invert import invert
 from openfwi.files import find_pairs, read_sample
+from openfwi.modes import preprocess
 from postprocess import gaussian
 from synthetic.maps import make_maps
 from utils import FAMILIES

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from cfg import network_config
-from data import preprocess
-from model import build_model, load_weights
+from model import build_model
+from networks.weights import load_weights
+from openfwi.modes import preprocess
 from utils import AUTOCAST, FAMILIES, averaged_weights, load_checkpoint, pick_precision
 from waves.misfit import is_flat
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from data import preprocess
+from openfwi.modes import preprocess
 from postprocess import fuse
 from utils import V_MAX, V_MIN, mirror_survey
 

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import torch
 
-from inversion.find_layers import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 from inversion.gauss_newton import gauss_newton, least_squares_in_box
 from inversion.parameters import Fault
-from synthetic.maps import FAULT_ENDS, N_FINE, THROW, border_point, fault_line
+from inversion.population import CONTRASTS, depths_beneath, evolve, parents, top_velocity
+from synthetic.soft_fault import FAULT_ENDS, N_FINE, THROW, border_point, fault_line
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population

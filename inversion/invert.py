@@ -14,8 +14,9 @@ import torch
 
 from inversion.cellwise import Cells, Modes, descend
 from inversion.find_fault import find_fault
-from inversion.find_layers import find_layers, surface_velocity
-from inversion.gauss_newton import EXPLAINED, Observed
+from inversion.find_layers import find_layers
+from inversion.observed import EXPLAINED, Observed
+from inversion.population import surface_velocity
 from utils import V_MAX, V_MIN
 from waves.misfit import is_flat, log_misfit, misfit, simulated
 

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from synthetic.maps import FAULT_ENDS, N_CELLS, N_FINE, SPLINE, THROW, slip_soft, undecided
+from synthetic.maps import SPLINE
+from synthetic.soft_fault import FAULT_ENDS, N_CELLS, N_FINE, THROW, slip_soft, undecided
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -94,7 +95,7 @@ class Layers:
 class Fault:
     """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
 
-    Depths in cells; start and end on the border, and throw, in half cells: `maps.slip_soft`; `mirrored` maps
+    Depths in cells; start and end on the border, and throw, in half cells: `slip_soft`; `mirrored` maps
     are reversed left to right. Where `flipped` (before that), rounding is to decide the other way.
     """
 

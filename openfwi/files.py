@@ -19,18 +19,23 @@ from pathlib import Path
 
 import numpy as np
 
-from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, NpyFile, check_finite, check_shape, read_header
+from openfwi.modes import MODE_SHAPES
+from openfwi.npy import MAP_SHAPE, NpyFile, check_finite, check_shape, read_header
 from utils import FAMILIES, check_family, write_atomic
 
-MODE_SHAPES = {"full": GATHER_SHAPE, "smart_256x72": (5, 256, 72), "small_72x72": (5, 72, 72)}
 FULL_CHECK_GB = 4  # sets up to this size are read whole at start; of larger ones three samples a file
-SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy")
-VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy")
-VEL_PREFIX = {"data": "model", "seis": "vel"}
-MANIFEST = "pack.json"  # in the root of a packed copy: its mode and checksums
-N_READERS = 8  # threads that wait for the disk while files are indexed or checked
-SETTLED_NS = 2_000_000_000  # a file changed later than this before indexing could change again unseen
 
+SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy")
+
+VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy")
+
+VEL_PREFIX = {"data": "model", "seis": "vel"}
+
+MANIFEST = "pack.json"  # in the root of a packed copy: its mode and checksums
+
+N_READERS = 8  # threads that wait for the disk while files are indexed or checked
+
+SETTLED_NS = 2_000_000_000  # a file changed later than this before indexing could change again unseen
 
 # ---------------------------------------------------------------- finding
 

@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import preprocess
 from openfwi.files import (
     MANIFEST,
-    MODE_SHAPES,
     N_READERS,
     check_pair,
     family_in,
@@ -32,6 +30,7 @@ from openfwi.files import (
     scan,
     some_samples,
 )
+from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
 from utils import FAMILIES, write_atomic
 

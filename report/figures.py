@@ -2,7 +2,66 @@
 
 import numpy as np
 
-from utils import draw_map, pyplot, save_figure
+from utils import V_MAX, V_MIN, write_atomic
+
+
+def pyplot():
+    """matplotlib's pyplot without a screen; None, said in one line, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: matplotlib is not installed (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(fig, path):
+    """Write a figure as .png, whole or not at all, and close it."""
+    with write_atomic(path) as part:
+        fig.savefig(part, format="png", dpi=80)
+    pyplot().close(fig)
+
+
+def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
+    """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
+    if values is None:
+        ax.axis("off")
+        return
+    extent = (0, dx_m * values.shape[1], dx_m * values.shape[0], 0)
+    image = ax.imshow(values, extent=extent, cmap=cmap, vmin=vmin, vmax=vmax)
+    ax.set(title=title, xlabel="x (m)", ylabel="depth (m)")
+    fig.colorbar(image, ax=ax, label="m/s")
+
+
+def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
+    """Draw gather, truth, prediction and error (prediction − truth), a row a sample, into `path`.
+
+    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s.
+    """
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, axes = plt.subplots(len(rows), 4, figsize=(13, 2.9 * len(rows)), squeeze=False, layout="constrained")
+    for ax, (title, seis, truth, prediction) in zip(axes, rows, strict=True):
+        gather = np.asarray(seis[len(seis) // 2], np.float32)
+        low, high = np.percentile(gather, (5, 95))
+        width_m = dx_m * gather.shape[1]
+        ax[0].imshow(gather, cmap="gray", vmin=low, vmax=high, aspect="auto",
+                     extent=(0, width_m, dt_s * len(gather), 0))  # fmt: skip
+        ax[0].set(title=f"{title}: centre shot", xlabel="receiver (m)", ylabel="time (s)")
+        draw_map(fig, ax[1], "truth", truth)
+        draw_map(fig, ax[2], "prediction", prediction)
+        if truth is not None:
+            error = prediction - truth
+            title = f"error, MAE {np.abs(error).mean():.0f} m/s"
+            limit = max(float(np.abs(error).max()), 1.0)
+            draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        else:
+            ax[3].axis("off")
+    save_figure(fig, path)
 
 
 def _draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):

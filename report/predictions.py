@@ -1,35 +1,13 @@
 """What `infer.py` tells of its predictions: tables of errors, misfits and their warnings, figures."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from report.figures import calibration_figure, quality_figure, steps_figure
-from utils import FAMILIES, write_atomic
-from waves.misfit import MISFITS, WARNINGS, spearman
-
-# ---------------------------------------------------------------- errors
-
-
-def by_family(errors, families):
-    """{family: (mean error, samples)} in OpenFWI's order, "unknown" for None, and "all"; errors (N,)."""
-    errors, groups = np.asarray(errors), defaultdict(list)
-    for i, family in enumerate(families):
-        groups[family or "unknown"].append(i)
-    groups = {name: groups[name] for name in (*FAMILIES, "unknown") if name in groups}
-    groups["all"] = list(range(len(errors)))
-    return {name: (float(errors[mine].mean()), len(mine)) for name, mine in groups.items()}
-
-
-def error_table(columns, families):
-    """Mean errors in m/s, a row for each of `columns` {name: errors (N,)}, a column a family: one string."""
-    rows = {name: by_family(errors, families) for name, errors in columns.items()}
-    found = list(next(iter(rows.values())))
-    lines = [f"{'MAE m/s':<24}" + "".join(f"{name:>14}" for name in found)]
-    lines += [f"{name:<24}" + "".join(f"{row[f][0]:>14.2f}" for f in found) for name, row in rows.items()]
-    return "\n".join(lines)
-
+from report.scores import spearman
+from utils import write_atomic
+from waves.misfit import MISFITS, WARNINGS
 
 # ---------------------------------------------------------------- misfits
 

@@ -12,7 +12,7 @@ from conftest import SMALL, write_pair
 from benchmarks import ablation
 from cfg import Config
 from openfwi.files import find_pairs
-from utils import ssim
+from report.scores import ssim
 
 NARROW = " ".join(word.removeprefix("--") for word in SMALL) + " batch_size=2"
 

@@ -10,7 +10,8 @@ from training import augment as module
 from training.augment import KINDS, N_DRAWS, augment, draw, is_on, resample
 from training.trainer import Trainer
 from utils import Process
-from waves.equation import ricker, simulate
+from waves.acquisition import ricker
+from waves.equation import simulate
 
 CPU = Process(torch.device("cpu"))
 NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}

@@ -9,19 +9,10 @@ from conftest import SMALL, write_pair
 
 import train
 from cfg import Config
-from data import (
-    Items,
-    family_numbers,
-    flip_batch,
-    load_items,
-    mean_map,
-    preprocess,
-    split_pairs,
-    subsample,
-    whole,
-)
+from data import Items, family_numbers, flip_batch, load_items, mean_map, split_pairs, subsample, whole
 from openfwi import files
 from openfwi.files import find_pairs
+from openfwi.modes import preprocess
 from training.loader import MAX_REPLACEMENTS, PairDataset, Recycled, TrainBatches, draws_of, make_loaders
 from utils import FAMILIES, Process, mirror_survey
 

@@ -14,9 +14,10 @@ from conftest import SMALL, write_pair
 import train
 from cfg import Config
 from training import log as watch
+from training.guards import Stop
 from training.loss import parse_family_weights, roughness, sample_losses
 from training.optim import MuonAdamW, Schedule, build_optimizer
-from training.trainer import Stop, Trainer
+from training.trainer import Trainer
 from utils import FAMILIES, Process, load_checkpoint, pick_precision, run_program
 
 CPU = Process(torch.device("cpu"))
@@ -201,8 +202,8 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_kept_for_the_next_step(mon
     def reduce(number, op, group):
         stop.catch(15, None)  # as Python runs a handler: on return from the wait for the others
 
-    monkeypatch.setattr("training.trainer.dist.new_group", lambda backend: backend)
-    monkeypatch.setattr("training.trainer.dist.all_reduce", reduce)
+    monkeypatch.setattr("training.guards.dist.new_group", lambda backend: backend)
+    monkeypatch.setattr("training.guards.dist.all_reduce", reduce)
     stop = Stop(Process(torch.device("cpu"), world=2))
     try:
         assert [stop.agree(), stop.agree()] == [0, 15]
@@ -288,7 +289,7 @@ def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="openfwi: no such folder"):
+    with pytest.raises(ValueError, match="data_openfwi: no such folder"):
         train.launch(Config(), [])
     assert not commands
     train.launch(Config(synth_per_family=1), ["--lr=1"])

@@ -17,13 +17,14 @@ from cfg import Config, parse
 from infer import infer, main
 from inference.ensemble import Member
 from inference.pseudo import pair_paths
-from inference.submission import HEADER, Results, submission_rows
+from inference.results import Results
+from inference.submission import HEADER, submission_rows
 from inference.tta import make_views, predict
 from model import build_model
 from openfwi.files import find_pairs
 from openfwi.gathers import GatherDataset, find_gathers, find_truths, read_truth
 from openfwi.npy import open_array
-from synth import make_maps
+from synthetic.maps import make_maps
 from utils import Process, mirror_survey, run_program, save_checkpoint
 from waves.equation import simulate
 from waves.misfit import log_misfit, misfit
@@ -418,7 +419,7 @@ def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs,
         order.append(minutes)
         return torch.full_like(vel, 1600.0 + len(order)), [{"seconds": 45.0}]
 
-    monkeypatch.setattr(infer_module, "invert", invert)
+    monkeypatch.setattr("inference.refine.invert", invert)
     _, plain = run(name="plain.csv")
     _, out = run("--refine=inversion", "--refine_budget=1", "--refine_minutes=0.9")
     assert order == [0.9, 0.25]

@@ -8,9 +8,10 @@ from conftest import SMALL, run_cli, write_pair
 
 import train
 from cfg import Config
-from data import load_items, preprocess, whole
+from data import load_items, whole
 from openfwi import files, inspect_data
-from openfwi.files import MODE_SHAPES, find_pairs
+from openfwi.files import find_pairs
+from openfwi.modes import MODE_SHAPES, preprocess
 from training.loader import PairDataset
 
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import bench
-import synth
 import waves
 from inversion.anneal import anneal_curves
 from inversion.cellwise import Cells, Modes, descend, total_variation
@@ -24,12 +23,16 @@ from inversion.find_fault import (
     _through,
     _turned,
 )
-from inversion.find_layers import _distinct, _target, find_layers, surface_velocity, top_velocity
-from inversion.gauss_newton import Observed, changes, gauss_newton, settle
-from inversion.invert import EXPLAINED, invert
+from inversion.find_layers import _target, find_layers
+from inversion.gauss_newton import changes, gauss_newton, settle
+from inversion.invert import invert
+from inversion.observed import EXPLAINED, Observed
 from inversion.parameters import Fault, Layers, paint, shade
+from inversion.population import _distinct, surface_velocity, top_velocity
 from postprocess import gaussian
-from synthetic.maps import FAULT_ENDS, N_FINE, fault_line, make_maps, slip_soft
+from synthetic import dataset
+from synthetic.maps import make_maps
+from synthetic.soft_fault import FAULT_ENDS, N_FINE, fault_line, slip_soft
 from waves.misfit import misfit, simulated
 
 
@@ -531,7 +534,7 @@ def test_layers_at_the_bounds_and_slower_ones_below_are_found(velocities, cells)
 
 def test_the_bench_tells_errors_from_each_start_and_noise(tmp_path, capsys):
     """What it prints of a smooth start is checked against the start itself."""
-    synth.write_dataset(tmp_path, ["Style_A"], 1, seed=0)
+    dataset.write_dataset(tmp_path, ["Style_A"], 1, seed=0)
     options = ["--starts=smooth3,mean", "--snr=inf,20", "--n_iterations=1"]
     bench.main(["inversion", f"--input={tmp_path}", *options])
     rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]]

@@ -12,10 +12,12 @@ import torch
 import torch.nn as nn
 from conftest import run_cli
 
+import bench
 import model
 from cfg import Config
-from model import build_model, extra_loss, load_weights, predict_tta
-from networks import encoder
+from model import build_model, extra_loss, predict_tta
+from networks import decoder, encoder, weights
+from networks.weights import load_weights
 from utils import mirror_survey
 
 OURS = {
@@ -104,12 +106,12 @@ def test_inversionnet_has_the_papers_size():
 
 
 def test_decoder_fits_skips_of_odd_sizes():
-    block = model.DecoderBlock(8, 6, 4, config())
+    block = decoder.DecoderBlock(8, 6, 4, config())
     assert block(torch.randn(1, 8, 5, 4), torch.randn(1, 6, 9, 11)).shape == (1, 4, 9, 11)
 
 
 def test_perfect_head_gives_70_cells_from_any_size():
-    head = model.PerfectSegmentationHead(4, 2)
+    head = decoder.PerfectSegmentationHead(4, 2)
     for size in ((9, 9), (35, 72), (70, 70), (100, 31)):
         assert head(torch.randn(1, 4, *size)).shape == (1, 2, 70, 70)
 
@@ -117,9 +119,9 @@ def test_perfect_head_gives_70_cells_from_any_size():
 def test_given_fusion_weights_are_normalised_and_learned_ones_start_equal():
     levels = [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 8, 8)]
     given, doubled, learned = (
-        model.Fusion((3, 3), (1, 3)),
-        model.Fusion((3, 3), (2, 6)),
-        model.Fusion((3, 3), ()),
+        decoder.Fusion((3, 3), (1, 3)),
+        decoder.Fusion((3, 3), (2, 6)),
+        decoder.Fusion((3, 3), ()),
     )
     for fusion in (doubled, learned):
         fusion.project.load_state_dict(given.project.state_dict())
@@ -285,7 +287,7 @@ def test_checkpoint_of_another_network_is_named(tmp_path):
         load_weights(network(), femto.state_dict())
     with pytest.raises(ValueError, match="misses .*unexpected .*--backbone=caformer_s18"):
         load_weights(network(), network(**CAFORMER).state_dict())
-    assert model.guess_backbone(network(backbone="convnextv2_atto").state_dict()) == "convnextv2_atto"
+    assert weights.guess_backbone(network(backbone="convnextv2_atto").state_dict()) == "convnextv2_atto"
     with pytest.raises(ValueError, match="give its --arch and --backbone"):
         load_weights(network(), network(arch="inversionnet").state_dict())
     torch.save({"weights": config()}, tmp_path / "object.pt")
@@ -296,7 +298,7 @@ def test_checkpoint_of_another_network_is_named(tmp_path):
 
 
 def test_table_of_a_configuration(capsys):
-    model.main(["--arch=seisnext", "--head=perfect", "--width=8", "--batch_size=1"])
+    bench.main(["network", "--arch=seisnext", "--head=perfect", "--width=8", "--batch_size=1"])
     out = capsys.readouterr().out
     for words in (
         "parameters",

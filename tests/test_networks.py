@@ -15,7 +15,8 @@ from test_model import OURS, config, gathers, layered_maps, network
 from timm.models import convnext, metaformer
 
 import model
-from model import extra_loss, load_weights, predict_tta
+from model import extra_loss, predict_tta
+from networks.weights import load_weights
 from training.loss import sample_losses
 from utils import mirror_survey
 

@@ -19,12 +19,12 @@ from postprocess import (
     gaussian,
     helps,
     load_fit,
-    mae_of,
     run_step,
     snap,
     statistical_correction,
     try_steps,
 )
+from report.scores import mae_of
 
 PLAIN_STEPS = sorted(set(STEPS) - set(FITTED))
 

@@ -17,14 +17,15 @@ import synth
 import waves
 from benchmarks import realism
 from inversion.find_fault import _map_fit, _random_fault
-from synthetic import maps
+from synthetic import dataset, maps
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
 KILLED_AFTER = """
-import os, signal, sys, torch, synth, wave
+import os, signal, sys, torch, synth, waves
+from synthetic import dataset
 torch.set_num_threads(1)
-synth.BATCH, left, simulate = 1, int(sys.argv[1]), waves.simulate
+dataset.BATCH, left, simulate = 1, int(sys.argv[1]), waves.simulate
 def counted(*args, **options):
     global left
     left -= 1
@@ -43,7 +44,7 @@ def stand_in(vel, n_samples):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    monkeypatch.setattr(synth.wave, "simulate", stand_in)
+    monkeypatch.setattr(dataset.waves, "simulate", stand_in)
 
 
 # ---------------------------------------------------------------- maps
@@ -322,7 +323,7 @@ def files(folder):
 
 
 def test_names_shapes_and_types_are_openfwis(tmp_path, cheap):
-    synth.write_dataset(tmp_path, FAMILIES, 5, seed=1, per_file=3)
+    dataset.write_dataset(tmp_path, FAMILIES, 5, seed=1, per_file=3)
     names = {"synth.json"}
     for family in FAMILIES:
         if "Fault" in family:
@@ -346,7 +347,7 @@ def test_names_shapes_and_types_are_openfwis(tmp_path, cheap):
 
 
 def test_fault_files_hold_the_layers_of_their_name(tmp_path, cheap):
-    synth.write_dataset(tmp_path, ["FlatFault_B"], 24, seed=0, per_file=4)
+    dataset.write_dataset(tmp_path, ["FlatFault_B"], 24, seed=0, per_file=4)
     found = {p.name for p in (tmp_path / "FlatFault_B").glob("vel*")}
     assert found == {f"vel{k}_1_{m}.npy" for k in (6, 7, 8) for m in (0, 1)}
     for name in found:
@@ -354,15 +355,15 @@ def test_fault_files_hold_the_layers_of_their_name(tmp_path, cheap):
 
 
 def test_files_are_those_numpy_would_write(tmp_path, cheap):
-    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     path = tmp_path / "FlatVel_A" / "data" / "data1.npy"
     np.save(tmp_path / "again.npy", np.load(path))
     assert path.read_bytes() == (tmp_path / "again.npy").read_bytes()
 
 
 def test_batches_do_not_change_what_is_written(tmp_path, cheap):
-    n = 2 * synth.BATCH + 3  # the last batch is not full
-    synth.write_dataset(tmp_path, ["Style_A"], n, seed=0)
+    n = 2 * dataset.BATCH + 3  # the last batch is not full
+    dataset.write_dataset(tmp_path, ["Style_A"], n, seed=0)
     maps = synth.make_maps("Style_A", n, 0)
     np.testing.assert_array_equal(np.load(tmp_path / "Style_A/model/model1.npy"), maps)
     expected = torch.no_grad()(stand_in)(torch.from_numpy(maps), 1000)
@@ -395,20 +396,20 @@ def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     "kept", [0, 50, 128, 128 + 1_400_000, 128 + 1_400_000 * 19 // 2, 128 + 1_400_000 * 18]
 )
 def test_any_leftover_length_is_continued_to_the_same_bytes(tmp_path, cheap, kept):
-    synth.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
     whole = files(tmp_path)
     path = tmp_path / "FlatVel_B/data/data1.npy"
     path.with_name("data1.npy.part").write_bytes(path.read_bytes()[:kept])
     path.unlink()
-    synth.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_B"], 18, seed=0)
     assert files(tmp_path) == whole
 
 
 def test_finished_files_are_left_alone_and_families_can_be_added(tmp_path, cheap):
-    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     path = tmp_path / "FlatVel_A/data/data1.npy"
     before = path.stat().st_mtime_ns
-    synth.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
     assert path.stat().st_mtime_ns == before
     assert set(json.loads((tmp_path / "synth.json").read_text())) == {"FlatVel_A", "FlatVel_B"}
 
@@ -416,33 +417,33 @@ def test_finished_files_are_left_alone_and_families_can_be_added(tmp_path, cheap
 @pytest.mark.parametrize("change", [{"seed": 1}, {"n_per_family": 3}, {"dtype": "float16"}, {"per_file": 1}])
 def test_leftover_of_another_configuration_is_refused_with_the_difference(tmp_path, cheap, change):
     options = {"n_per_family": 2, "seed": 0, "dtype": "float32", "per_file": 500}
-    synth.write_dataset(tmp_path, ["FlatVel_A"], **options)
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], **options)
     before = files(tmp_path)
     ((name, value),) = change.items()
     with pytest.raises(ValueError, match=f"{name} was {options[name]}, now {value}"):
-        synth.write_dataset(tmp_path, ["FlatVel_A"], **(options | change))
+        dataset.write_dataset(tmp_path, ["FlatVel_A"], **(options | change))
     assert files(tmp_path) == before
 
 
 def test_a_finished_set_made_on_another_device_is_good_and_a_half_made_one_is_not(tmp_path, cheap):
-    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
     record = tmp_path / "synth.json"
     record.write_text(record.read_text().replace('"cpu"', '"cuda"'))
-    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
     next(tmp_path.rglob("data1.npy")).unlink()
     with pytest.raises(ValueError, match="device was cuda, now cpu"):
-        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
+        dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, 0, device="cpu")
 
 
 def test_one_family_in_the_way_stops_all_before_any_is_noted(tmp_path, cheap):
-    synth.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
+    dataset.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
     before = files(tmp_path)
     with pytest.raises(ValueError, match="FlatVel_B was begun otherwise"):
-        synth.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
+        dataset.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
     assert files(tmp_path) == before
     (tmp_path / "synth.json").write_text("{")
     with pytest.raises(ValueError, match=r"synth\.json: not JSON"):
-        synth.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
+        dataset.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
 
 
 @pytest.mark.parametrize("name", ["model/model1.npy", "data/data1.npy", "data/data1.npy.part"])
@@ -451,7 +452,7 @@ def test_files_of_others_are_never_touched(tmp_path, cheap, name):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"theirs")
     with pytest.raises(ValueError, match=f"{name}: there already, not from synth.py; choose another"):
-        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+        dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     assert files(tmp_path) == {f"FlatVel_A/{name}": b"theirs"}
 
 
@@ -461,7 +462,9 @@ def test_files_of_others_are_never_touched(tmp_path, cheap, name):
 def test_given_npz_keeps_its_numbers_and_takes_a_part(tmp_path, cheap):
     maps = {f"model{k}": synth.make_maps("CurveVel_A", 4, k) for k in (1, 2, 11)}
     np.savez(tmp_path / "CurveVel_A.npz", **maps)
-    synth.write_given(tmp_path / "out", tmp_path / "CurveVel_A.npz", keys=["model11", "model2"], n_per_file=3)
+    dataset.write_given(
+        tmp_path / "out", tmp_path / "CurveVel_A.npz", keys=["model11", "model2"], n_per_file=3
+    )
     folder = tmp_path / "out" / "CurveVel_A"
     assert {p.name for p in folder.rglob("*.npy")} == {"data2.npy", "data11.npy", "model2.npy", "model11.npy"}
     np.testing.assert_array_equal(np.load(folder / "model" / "model11.npy"), maps["model11"][:3])
@@ -498,10 +501,10 @@ def test_given_maps_that_are_no_velocities_are_refused_before_anything_is_writte
     maps, message = GIVEN_ERRORS[what]
     np.save(tmp_path / "FlatVel_A.npy", maps)
     with pytest.raises(ValueError, match=message):
-        synth.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npy")
+        dataset.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npy")
     np.savez(tmp_path / "FlatVel_A.npz", model1=np.full((1, 70, 70), 3000.0), model2=maps)
     with pytest.raises(ValueError, match=f"model2: .*{message}"):
-        synth.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npz")
+        dataset.write_given(tmp_path / "out", tmp_path / "FlatVel_A.npz")
     assert not (tmp_path / "out").exists()
 
 
@@ -524,7 +527,7 @@ def test_given_files_that_cannot_be_used_are_refused(tmp_path):
         ("Style_A.npz", {}, "not a whole .npy or .npz"),
     ):
         with pytest.raises(ValueError, match=message):
-            synth.write_given(tmp_path / "out", tmp_path / name, **options)
+            dataset.write_given(tmp_path / "out", tmp_path / name, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -571,9 +574,9 @@ def test_make_maps_refuses_what_it_cannot_make():
 def test_a_full_disk_is_named_before_any_work(tmp_path, cheap, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2 * 10**6))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB, 0\.0 free; fewer maps or --dtype=float16"):
-        synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+        dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     assert not files(tmp_path)
-    synth.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0, dtype="float16")  # the remedy works
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0, dtype="float16")  # the remedy works
 
 
 def test_contact_sheet_is_drawn_or_says_why_not(tmp_path, monkeypatch, capsys):

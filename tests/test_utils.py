@@ -5,19 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-import utils
-from utils import (
-    Score,
-    check_family,
-    load_checkpoint,
-    new_run_folder,
-    pick_device,
-    prediction_figure,
-    run_folders,
-    save_checkpoint,
-    score_table,
-    write_atomic,
-)
+from report.figures import prediction_figure
+from report.scores import Score, score_table
+from training.runs import new_run_folder, run_folders
+from utils import check_family, load_checkpoint, pick_device, save_checkpoint, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -99,5 +90,5 @@ def test_the_figure_is_a_png_with_and_without_truth(tmp_path):
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    utils.prediction_figure(tmp_path / "f.png", [])
+    prediction_figure(tmp_path / "f.png", [])
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 import waves
-from bench import reference_simulate
-from waves import engine
-from waves.equation import OPENFWI, SOURCES, Acquisition, jacobian, simulate
+from benchmarks import wave_speed
+from waves import cpu, engine, passes
+from waves.acquisition import OPENFWI, SOURCES, Acquisition
+from waves.equation import jacobian, simulate
+from waves.reference import reference_simulate
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -100,7 +101,7 @@ def test_sources_and_samples_replace_the_acquisitions():
 def test_inactive_cells_do_not_matter(monkeypatch):
     vel = torch.linspace(1500, 4500, 70, dtype=torch.float64)[None, :, None].expand(1, 70, 70)
     got = simulate(vel, sources=(17,))
-    made, full = bench.active_updates(vel[0])
+    made, full = wave_speed.active_updates(vel[0])
     assert made < 0.7 * full  # something is left out
     monkeypatch.setattr(engine, "MARGIN", 10**4)
     assert error(got, simulate(vel, sources=(17,))) < 1e-12
@@ -282,15 +283,15 @@ def outcomes(vel, acquisition):
 def test_without_a_compiler_the_same_numbers_and_one_warning(monkeypatch):
     vel = rough_maps()
     expected = outcomes(vel, SMALL)
-    engine.compiled.cache_clear()
-    engine._say_once.cache_clear()
+    cpu.compiled.cache_clear()
+    passes.warn_once.cache_clear()
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.warns(RuntimeWarning, match="no C.. compiler works here"):
         got = outcomes(vel, SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         simulate(vel, acquisition=SMALL)
-    engine.compiled.cache_clear()
+    cpu.compiled.cache_clear()
     for a, b in zip(got, expected, strict=True):
         assert error(a, b) < 1e-11
 
@@ -349,8 +350,8 @@ TRITON = """
 import sys, torch
 sys.path[:0] = {paths!r}
 import test_wave, waves
-from waves import cuda, engine
-engine.BLOCK = cuda.BLOCK = 4
+from waves import cpu, cuda, engine
+engine.BLOCK = cpu.BLOCK = cuda.BLOCK = 4
 survey = waves.Acquisition(sources=(1, 6), receivers=(7, 2), receiver_row=2, dt_s=5e-4, n_samples=9, n_pad=3)
 vel = test_wave.rough_maps(1, 5, 8, dtype=torch.{dtype})
 expected = test_wave.outcomes(vel, survey)

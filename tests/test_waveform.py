@@ -2,7 +2,9 @@ import pytest
 import torch
 
 import waves
-from waves.misfit import WARNINGS, compare, feedback, is_flat, log_misfit, misfit, simulated, spearman
+from inversion.feedback import feedback
+from report.scores import spearman
+from waves.misfit import WARNINGS, compare, is_flat, log_misfit, misfit, simulated
 
 
 def maps():

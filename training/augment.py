@@ -7,7 +7,7 @@ not finite, or zero throughout, is taken back.
 import torch
 
 from utils import V_MAX, V_MIN
-from waves.equation import ricker
+from waves.acquisition import ricker
 
 N_FFT = 2048  # for 1000 samples: filters must not wrap round
 WATER_LEVEL = 3e-3  # of the wavelet's peak spectrum: what of it is weaker is not restored

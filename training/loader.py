@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from data import Items, family_numbers
-from openfwi.files import MODE_SHAPES, read_into
+from openfwi.files import read_into
+from openfwi.modes import MODE_SHAPES
 from openfwi.npy import MAP_SHAPE
 from utils import FAMILIES
 

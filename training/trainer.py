@@ -3,21 +3,20 @@
 import contextlib
 import dataclasses
 import math
-import os
-import signal
 import time
 
 import torch
-import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from data import flip_batch, preprocess
-from model import EXTRAS, build_model, extra_loss, load_weights
+from data import flip_batch
+from model import EXTRAS, build_model, extra_loss
+from networks.weights import load_weights
+from openfwi.modes import preprocess
 from training.augment import augment, draw, is_on
 from training.loss import parse_family_weights, sample_losses
 from training.optim import Schedule, build_optimizer
-from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision, write_atomic
+from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
 
 PROGRESS = ("step", "validated", "best_mae", "since_best")
 
@@ -144,98 +143,3 @@ class Trainer:
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.schedule.set(self.step)
-
-
-def save_last(trainer, folder):
-    """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
-    trainer.saved_s = time.monotonic()
-    if not trainer.process.is_main or not all(
-        v.isfinite().all() for v in trainer.network.state_dict().values()
-    ):
-        return  # spoilt weights must not replace good ones; BadSteps stops such a run
-    last = folder / "last.pt"
-    try:
-        with write_atomic(last) as part:
-            torch.save(trainer.state(), part)
-            if last.exists():
-                os.replace(last, folder / "previous.pt")
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        reason = str(error).splitlines()[0]
-        print(f"{last}: not written ({reason}); the one before stays; free some space", flush=True)
-
-
-class Stop:
-    """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
-
-    def __init__(self, process):
-        self.signal, self.process = 0, process  # what all ranks agreed on
-        self.caught = 0  # apart, since a signal may come while they do
-        # its own group: on CUDA the default one would make the CPU wait for the device
-        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.before = {
-            number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def catch(self, number, frame):
-        self.caught = number
-
-    def agree(self):
-        self.signal = self.caught
-        if self.group is not None:
-            number = torch.tensor(self.signal)
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-            self.signal = int(number)
-        return self.signal
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def steps_of(trainer, loader):
-    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
-    sampler = loader.batch_sampler
-    sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
-    batches, indices, data_s = [], [], 0.0
-    before = time.perf_counter()
-    for *batch, index in loader:
-        waited_s = time.perf_counter() - before
-        batches.append(trainer.prepare(len(batches), *batch))
-        # with online simulation, preparing a batch may wait for it
-        data_s += waited_s if trainer.online is None else time.perf_counter() - before
-        indices += index.tolist()
-        if len(batches) == trainer.cfg.accumulate:
-            yield batches, indices, data_s
-            batches, indices, data_s = [], [], 0.0
-        before = time.perf_counter()
-
-
-def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
-    """The rest of the current epoch, or up to a stop."""
-    cfg = trainer.cfg
-    for batches, indices, data_s in steps_of(trainer, loader):
-        torch.manual_seed(trainer.step_seed() + trainer.process.rank)  # drop path
-        losses, mae, norm = trainer.train_step(batches)
-        bad_steps.add(norm, losses, batches, indices)
-        log.add(mae, norm, data_s)
-        if profiler is not None:
-            profiler.step()
-        if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
-            log.write()
-        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
-            save_last(trainer, log.folder)
-        if stop.agree():
-            break
-    bad_steps.check()
-    if cfg.skip_bad_files:
-        count_skipped(trainer, loader, log)
-
-
-def count_skipped(trainer, loader, log):
-    """Print and log how many reads of bad samples all ranks have replaced so far."""
-    process = trainer.process
-    mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
-    n = int(process.sum(mine).item())
-    if process.is_main and n:
-        print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
-        log.record({"step": trainer.step, "skipped_samples": n})

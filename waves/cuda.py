@@ -8,7 +8,7 @@ of the grid.
 import triton
 import triton.language as tl
 
-from waves.engine import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT
+from waves.passes import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT
 
 TILE_Z, TILE_X = 8, 64  # cells per program
 
@@ -125,7 +125,7 @@ def _step(
 def run(
     job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
 ):
-    """As engine._run_cpp, for all shots at once."""
+    """As engine.run_cpp, for all shots at once."""
     field, receivers = (
         (job.nz + 1) * job.stride,
         (slice(None), job.receiver_row + 1, slice(job.pad, job.nx - job.pad)),

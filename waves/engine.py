@@ -7,14 +7,10 @@ d_kappa (p[n] - p[n-1]). One kernel therefore serves simulation, gradient and Ja
 updates only the cells that energy can have reached and can still return from.
 """
 
-import ctypes
 import functools
 import math
 import os
 import shutil
-import subprocess
-import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-PLAIN, STORE, ADJOINT, TANGENT = range(4)  # what a pass through time does; the same numbers as in cpu.cpp
-BLOCK = 25  # time steps from one checkpoint to the next, and for which a window of active cells holds
-MARGIN = 8  # cells by which windows exceed the fastest ray, twice that in float64: errors < 1e-7 and 1e-12
+from waves.cpu import compiled, run_cpp
+from waves.passes import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT, warn_once
+from waves.plain import run_torch
 
 
 class Checkpoints(dict):
@@ -162,7 +158,7 @@ class Job:
                     reversed(self.blocks), reversed(kept[lane.start]), strict=True
                 ):
                     # cpu.cpp clears what it will read; the others reach cells that hold a later time
-                    _fill(history[:, :2] if self.kernel is _run_cpp else history)
+                    _fill(history[:, :2] if self.kernel is run_cpp else history)
                     for slot in range(2):
                         _view(history[:, slot])[where] = _view(room)[slot]
                     self.kernel(self, STORE, lane, begin, end, history=history, drive=self.drive[lane])
@@ -304,105 +300,7 @@ def _kernel(device_type):
                 raise ImportError("it needs a C compiler")
             return cuda.run, None
         except ImportError as error:
-            _say_once(f"wave: no Triton here ({error}); simulating in plain PyTorch, far slower")
+            warn_once(f"wave: no Triton here ({error}); simulating in plain PyTorch, far slower")
     elif device_type == "cpu" and compiled() is not None:
-        return _run_cpp, 1
-    return _run_torch, None
-
-
-@functools.cache
-def _say_once(message):
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-@functools.cache
-def compiled():
-    """cpu.cpp as a library, compiled for this machine in seconds; None, said once, where that fails."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    vectors = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast"]
-    reason = ""
-    with tempfile.TemporaryDirectory() as folder:
-        library, source = Path(folder, "cpu.so"), Path(__file__).with_name("cpu.cpp")
-        # old compilers do not know the levels
-        for target in (vectors.get(torch.backends.cpu.get_cpu_capability(), []), ["-march=native"]):
-            command = [compiler, *flags, *target, source, "-o", library]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                return ctypes.CDLL(str(library))
-            except (OSError, subprocess.CalledProcessError) as error:
-                reason = reason or (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-    _say_once(f"wave: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
-    return None
-
-
-class _Grid(ctypes.Structure):
-    names = "nz nx stride pad source_row source receiver_row block"
-    _fields_ = [(name, ctypes.c_long) for name in names.split()] + [("windows", ctypes.c_void_p)]
-
-
-class _Shot(ctypes.Structure):
-    names = "p p_old history alpha kappa_z kappa_x image drive gather sponge"
-    _fields_ = [(name, ctypes.c_void_p) for name in names.split()]
-
-
-def _run_cpp(job, mode, lane, begin, end, **tensors):
-    """Take a lane of one shot through samples begin ... end - 1; return the new (p, p_old), if any."""
-    shot, map_index = lane.start, lane.start // job.n_sources
-    size = (job.nz, job.nx, job.stride, job.pad)
-    grid = _Grid(
-        *size, job.source_row, job.sources[shot], job.receiver_row, BLOCK, job.windows[shot].ctypes.data
-    )
-    coefficients = {name: getattr(job, name)[map_index] for name in ("alpha", "kappa_z", "kappa_x")}
-    pointers = _Shot(**{name: tensor.data_ptr() for name, tensor in (tensors | coefficients).items()})
-    run = getattr(compiled(), {torch.float32: "wave_float32", torch.float64: "wave_float64"}[job.like.dtype])
-    run(mode, ctypes.byref(grid), ctypes.byref(pointers), ctypes.c_long(begin), ctypes.c_long(end))
-    return _order(tensors.get("p"), tensors.get("p_old"), end - begin)
-
-
-def _order(p, p_old, n_steps):
-    """Every step writes over p_old, so that the two change places."""
-    return (p, p_old) if n_steps % 2 == 0 else (p_old, p)
-
-
-def _run_torch(
-    job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
-):
-    """As `_run_cpp`, for all shots at once and on the full grid."""
-    inside, columns = (..., slice(1, None), slice(job.nx)), slice(job.pad, job.nx - job.pad)
-    maps, shots = job.maps[lane], job.shots[lane] - lane.start
-    alpha, kappa = job.alpha[maps][inside], job.kappa_x[maps, None, : job.nx].repeat(1, job.nz, 1)
-    kappa[..., columns] = job.kappa_z[maps, :, None]
-    source, receivers = (shots, job.source_row, job.source[1][lane]), (slice(None), job.receiver_row, columns)
-    here, before = (None, None) if mode == STORE else (p[inside], p_old[inside])
-    for n in range(begin, end) if mode != ADJOINT else range(end - 1, begin - 1, -1):
-        if mode != PLAIN:
-            older, old, now = (history[:, n - begin + slot][inside] for slot in range(3))
-        if mode == STORE:
-            now.copy_(_next(old, older, alpha, kappa))
-            now[source] += drive[:, n]
-            continue
-        if mode == ADJOINT:
-            here[receivers] += alpha[receivers] * gather[:, n]
-            drive[:, n] = here[source] / alpha[source]
-            image[inside] += here * (now - old - (1 - kappa) * (old - older))
-            sponge -= (here * (old - older) * kappa / alpha).sum((1, 2))
-        before.copy_(_next(here, before, alpha, kappa))
-        here, before = before, here
-        if mode == TANGENT:
-            here += image[inside] * (now - old - (1 - kappa) * (old - older))
-            here -= sponge[:, None, None] * kappa * (old - older)
-        if mode != ADJOINT:
-            here[source] += drive[:, n]
-            gather[:, n] = here[receivers]
-    return _order(p, p_old, end - begin)
-
-
-def _next(p, p_old, alpha, kappa):
-    return p + ((1 - kappa) * (p - p_old) + alpha * _laplacian(p))
-
-
-def _laplacian(p):
-    """Fourth-order, periodic; from differences to the centre, which loses less than -5 p."""
-    near, far = (sum(p.roll(s, d) - p for d in (-2, -1) for s in (shift, -shift)) for shift in (1, 2))
-    return 4 / 3 * near - 1 / 12 * far
+        return run_cpp, 1
+    return run_torch, None

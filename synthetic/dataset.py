@@ -1,0 +1,273 @@
+"""Data sets in OpenFWI's layout, of velocity maps made or given."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.npyio import NpzFile
+from tqdm import tqdm
+
+import waves
+from openfwi.files import VEL_NAME, family_of, find_files
+from openfwi.npy import MAP_SHAPE, check_array
+from synthetic.maps import FAULT_LAYERS, make_maps
+from synthetic.soft_fault import N_CELLS
+from synthetic.vary import FileMaps, vary
+from utils import FAMILIES, check_family, pick_device
+
+N_SAMPLES = 1000  # of 1 ms
+
+BATCH = 8  # maps simulated together; fixed, since float results may depend on it
+
+SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500, it disperses
+
+# ---------------------------------------------------------------- file pairs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file pair to write: `n` maps, made by `maps()` when their turn comes."""
+
+    seis: Path
+    vel: Path
+    n: int
+    maps: Callable
+
+
+def _vel_pair(folder, number):
+    return folder / "data" / f"data{number}.npy", folder / "model" / f"model{number}.npy"
+
+
+def _family_jobs(out, family, n, per_file, seed):
+    """A family's file pairs, of equal size as near as may be.
+
+    Fault files take K in turn, one each; n maps make at least min(3, n) files, so that every K occurs.
+    """
+    kinds = FAULT_LAYERS[family[-1]] if "Fault" in family else (None,)
+    n_files = max(math.ceil(n / per_file), min(len(kinds), n))
+    jobs = []
+    for j in range(n_files):
+        start, stop = n * j // n_files, n * (j + 1) // n_files
+        pair = _vel_pair(out / family, j + 1)
+        if k := kinds[j % len(kinds)]:
+            pair = [out / family / f"{what}{k}_1_{j // len(kinds)}.npy" for what in ("seis", "vel")]
+        jobs.append(Job(*pair, stop - start, partial(make_maps, family, stop - start, seed, start, k)))
+    return jobs
+
+
+def check_maps(maps, name):
+    """Given maps as (n, 1, 70, 70) float32; ValueError unless they are sane velocities in m/s."""
+    if maps.shape[1:] not in ((70, 70), (1, 70, 70)) or not len(maps):
+        raise ValueError(f"{name}: shape {maps.shape}, expected (n, 1, 70, 70) or (n, 70, 70)")
+    if maps.dtype.kind not in "fiu" or not np.isfinite(maps).all():
+        raise ValueError(f"{name}: dtype {maps.dtype} or values not finite; repair or leave out those maps")
+    low, high = float(maps.min()), float(maps.max())
+    if low < SANE_M_S[0] or high > SANE_M_S[1]:
+        hint = "multiply km/s by 1000" if high < 10 else "give velocities in m/s, not scaled"
+        raise ValueError(f"{name}: values {low:g} to {high:g}, expected within {SANE_M_S} m/s; {hint}")
+    return maps.reshape(-1, 1, N_CELLS, N_CELLS).astype(np.float32)
+
+
+def _given_jobs(folder, path, keys, n_per_file, per_file):
+    """File pairs of given maps: .npy in files of `per_file`, .npz key model{k} to data{k}.npy."""
+    try:
+        source = np.load(path, allow_pickle=False)
+        named = {key: source[key] for key in source.files} if isinstance(source, NpzFile) else None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole .npy or .npz file of numbers ({error})") from None
+    if named is None and keys:
+        raise ValueError(f"{path}: --keys is for .npz files; leave it out")
+    if named is None:
+        maps = check_maps(source, path)[:n_per_file]
+        named = {f"model{i // per_file + 1}": maps[i : i + per_file] for i in range(0, len(maps), per_file)}
+    jobs = []
+    for key in keys or named:
+        if key not in named or not re.fullmatch(r"model\d+", key):
+            raise ValueError(
+                f"{path}: no maps {key!r}; it holds {', '.join(named)}, wanted are model{{number}}"
+            )
+        maps = check_maps(named[key], f"{path}, {key}")[:n_per_file]
+        jobs.append(Job(*_vel_pair(folder, key[5:]), len(maps), partial(np.copy, maps)))
+    return jobs
+
+
+def _varied_jobs(out, root, families, n, per_file, seed):
+    """File pairs of variations of the velocity maps under `root`, and what tells those maps from others."""
+    sources, digest = {}, hashlib.sha256()
+    for path in find_files(root, VEL_NAME):
+        if (family := family_of(path)) in families:
+            maps = check_array(path, [(None, *MAP_SHAPE)], "velocity maps")
+            digest.update(check_maps(np.array(maps), path).tobytes())
+            sources.setdefault(family, []).append((maps, np.arange(len(maps))))
+    if not sources:
+        raise ValueError(f"{root}: no velocity files (model{{N}}.npy, vel{{K}}_1_{{M}}.npy) below it to vary")
+    jobs, n_files = {}, math.ceil(n / per_file)
+    for family, files in sources.items():
+        spans = [(n * j // n_files, n * (j + 1) // n_files) for j in range(n_files)]
+        jobs[family] = [
+            Job(*_vel_pair(out / family, j + 1), b - a, partial(vary, FileMaps(files), b - a, seed, a))
+            for j, (a, b) in enumerate(spans)
+        ]
+    return jobs, digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _part(path):
+    return path.with_name(path.name + ".part")  # loaders look for .npy
+
+
+def _write_whole(path, write):
+    """Write a file on disk before it takes its name; `write` gets the open file."""
+    with open(_part(path), "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_part(path), path)
+
+
+def _claim(out, jobs, todo, options):
+    """Note each family's options in out/synth.json; ValueError where other files are in the way, or no room.
+
+    jobs: family -> list of Job; todo: those not finished.
+    """
+    record = out / "synth.json"
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{record}: not JSON ({error}); restore it, or choose another --out") from None
+    for family, group in jobs.items():
+        was = known.get(family)
+        taken = [p for j in group for p in (j.seis, j.vel, _part(j.seis)) if p.exists()]
+        if was is None and taken:
+            raise ValueError(f"{taken[0]}: there already, not from synth.py; choose another --out")
+        names = sorted({*options, *was}) if was else ()
+        if all(j not in todo for j in group):
+            names = [k for k in names if k != "device"]  # finished: where it was made does not matter
+        pairs = [(k, was.get(k), options.get(k)) for k in names]
+        differs = [f"{k} was {old}, now {new}" for k, old, new in pairs if old != new]
+        if differs:
+            raise ValueError(
+                f"{out}: {family} was begun otherwise ({'; '.join(differs)}); use the same options or "
+                f"another --out, or delete {out / family} and its entry in {record.name}"
+            )
+    map_bytes = 5 * N_SAMPLES * N_CELLS * np.dtype(options["dtype"]).itemsize + 4 * N_CELLS**2
+    need = sum(j.n for j in todo) * map_bytes
+    need -= sum(_part(j.seis).stat().st_size for j in todo if _part(j.seis).exists())
+    if need > (free := shutil.disk_usage(out).free):
+        sizes = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free"
+        raise ValueError(f"{out}: {sizes}; fewer maps or --dtype=float16")
+    known = dict.fromkeys(jobs, options) | known
+    _write_whole(record, lambda file: file.write(json.dumps(known, indent=1).encode()))
+
+
+def _write_pair(job, dtype, device, bar):
+    """Simulate and write one pair, going on where a stopped run was.
+
+    The seismic file takes its name last, so one that is there has its velocity file.
+    """
+    job.seis.parent.mkdir(parents=True, exist_ok=True)
+    job.vel.parent.mkdir(parents=True, exist_ok=True)
+    vel, header = job.maps(), io.BytesIO()
+    shape = (job.n, len(waves.SOURCES), N_SAMPLES, N_CELLS)
+    layout = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, layout)
+    map_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    with open(_part(job.seis), "ab") as file:
+        # the last batch is made again: a power cut may have kept its length but not its numbers
+        done = max((file.tell() - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
+        file.truncate(header.tell() + done * map_bytes if done else 0)
+        file.write(b"" if done else header.getvalue())
+        bar.update(done)
+        bar.initial += done  # the maps/s shown are those of this run
+        for start in range(done, job.n, BATCH):
+            batch = torch.from_numpy(vel[start : start + BATCH]).to(device)
+            with torch.no_grad():
+                seis = waves.simulate(batch, n_samples=N_SAMPLES)
+            file.write(seis.cpu().numpy().astype(dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(batch))
+    _write_whole(job.vel, lambda file: np.save(file, vel))
+    os.replace(_part(job.seis), job.seis)
+
+
+def _write_jobs(out, jobs, options):
+    """Write every file pair that is not there yet; jobs: family -> list of Job."""
+    todo = [j for group in jobs.values() for j in group if not (j.seis.exists() and j.vel.exists())]
+    _claim(out, jobs, todo, options)
+    if todo:
+        with tqdm(total=sum(j.n for j in todo), unit=" maps", desc="simulating") as bar:
+            for job in todo:
+                _write_pair(job, options["dtype"], options["device"], bar)
+
+
+def _checked_sizes(n_per_family, per_file, seed):
+    sizes = {"n_per_family": n_per_family, "per_file": per_file, "seed": seed}
+    if n_per_family < 1 or per_file < 1 or seed < 0:
+        raise ValueError(f"{sizes}: expected n_per_family and per_file of at least 1, seed of at least 0")
+    return sizes
+
+
+def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
+    """Write `n_per_family` maps of each family and their gathers under `out`, in OpenFWI's layout.
+
+    Stopped and started again it goes on, and the bytes are those of an
+    unbroken run on the same kind of device; what is finished is left alone.
+    float32 is OpenFWI's own type; float16 halves the disk space and errs by
+    0.015 at the peaks. Raises ValueError for bad values, no room, or other
+    files in the way; OSError where `out` cannot be written.
+    """
+    sizes = _checked_sizes(n_per_family, per_file, seed)
+    out = Path(out)
+    jobs = {f: _family_jobs(out, check_family(f), n_per_family, per_file, seed) for f in families}
+    _write_jobs(out, jobs, sizes | {"dtype": dtype, "device": pick_device(device).type})
+
+
+def write_given(
+    out, path, family=None, keys=(), n_per_file=None, dtype="float32", per_file=500, device="auto"
+):
+    """Write gathers of given maps, as `write_dataset`; real maps become real OpenFWI pairs.
+
+    path: .npy (n, 1, 70, 70) or (n, 70, 70) m/s, or .npz of such with keys
+    model{k}, written as data{k}.npy. `family` defaults to the file's name;
+    `keys` and `n_per_file`, maps of the .npy or of each key, take a part.
+    Raises ValueError, too, for maps that are no velocities in m/s.
+    """
+    out, path = Path(out), Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --maps wants a .npy or .npz file of velocity maps")
+    if family is None and path.stem not in FAMILIES:
+        raise ValueError(f"{path}: its name is no family; rename it or add --families=NAME, as FlatVel_A")
+    if per_file < 1 or (n_per_file is not None and n_per_file < 1):
+        raise ValueError(f"per_file = {per_file}, n_per_file = {n_per_file}; expected at least 1")
+    family = check_family(family or path.stem)
+    jobs = {family: _given_jobs(out / family, path, keys, n_per_file, per_file)}
+    options = {"maps_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "per_file": per_file}
+    options |= {"keys": list(keys), "n_per_file": n_per_file, "dtype": dtype}
+    _write_jobs(out, jobs, options | {"device": pick_device(device).type})
+
+
+def write_varied(out, root, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
+    """Write variations of the velocity maps under `root` and their gathers, as `write_dataset`.
+
+    `n_per_family` of each of these families that is there. Raises ValueError, too, where none is, and for
+    maps that are no velocities in m/s.
+    """
+    sizes = _checked_sizes(n_per_family, per_file, seed)
+    jobs, digest = _varied_jobs(Path(out), root, families, n_per_family, per_file, seed)
+    options = sizes | {"varied_sha256": digest, "dtype": dtype, "device": pick_device(device).type}
+    _write_jobs(Path(out), jobs, options)
