@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from benchmarks import data_speed, inversion_quality, realism
+from benchmarks import accuracy, data_speed, inversion_quality, realism
 from benchmarks.csv_speed import bench_csv
 from benchmarks.network_table import bench_networks
 from benchmarks.train_speed import bench_train
@@ -44,6 +44,8 @@ def main(argv):
     sub.add_argument("--n", type=int, default=65_818, help="gathers; the competition's")
     sub = what.add_parser("data", help="the loader against bare reading of the same files")
     data_speed.add_arguments(sub)
+    sub = what.add_parser("accuracy", help="networks on (real) maps of all ten families")
+    accuracy.add_arguments(sub)
     sub = what.add_parser("realism", help="a network trained to tell real maps from synthetic ones")
     realism.add_arguments(sub)
     sub = what.add_parser("inversion", help="waveform inversion from several starts and through noise")
@@ -59,6 +61,8 @@ def main(argv):
         return bench_csv(args.n)
     if args.what == "data":
         return data_speed.bench_data(args)
+    if args.what == "accuracy":
+        return accuracy.bench_accuracy(args)
     if args.what == "realism":
         return realism.bench_realism(args)
     if args.what == "inversion":

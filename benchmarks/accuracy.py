@@ -1,0 +1,111 @@
+"""Networks on maps of all ten families: `python bench.py accuracy --ckpt best.pt --maps DIR`.
+
+DIR holds `<Family>.npz` files of real maps, key `dev`: their gathers are simulated, which reproduces real
+ones to float error. Where a family has no file there, synthetic maps are made of a seed that no training
+uses. Every network is scored plain and averaged with its mirrored view, beside the mean of synthetic maps.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cfg import Config
+from inference.ensemble import Member
+from inference.tta import make_views, predict_views
+from report.scores import mae_of, ssim
+from synthetic.maps import make_maps
+from utils import FAMILIES, pick_device, write_atomic
+from waves import simulate
+
+TEST_SEED = 987_654_321  # of synthetic test maps
+MEAN_SEED = 123_456_789  # of the maps whose mean is the predictor that looks at no gather
+N_MEAN = 100  # maps a family in it
+BATCH = 8
+
+
+def test_maps(folder, family, n):
+    """Real maps (key `dev`) of a family where `folder` has them, else synthetic ones: (n, 1, 70, 70) m/s."""
+    path = Path(folder) / f"{family}.npz" if folder else None
+    if path is None or not path.is_file():
+        return make_maps(family, n or 40, TEST_SEED), "synthetic"
+    with np.load(path, allow_pickle=False) as file:
+        if "dev" not in file.files:
+            raise ValueError(f"{path}: holds {', '.join(file.files)}; expected maps under the key 'dev'")
+        maps = file["dev"].astype(np.float32)
+    if maps.ndim != 4 or maps.shape[1:] != (1, 70, 70):
+        raise ValueError(f"{path}: shape {maps.shape}, expected (n, 1, 70, 70)")
+    return maps[: n or None], "real"
+
+
+@torch.no_grad()
+def predicted(member, seis, views):
+    """Plain and averaged maps of gathers, each (N, 1, 70, 70), and the seconds a map of each."""
+    plain, mean, seconds = [], [], np.zeros(2)
+    for part in seis.split(BATCH):
+        begin = time.perf_counter()
+        plain.append(predict_views(member, part, views[:1], member.mode)[0].cpu())
+        middle = time.perf_counter()
+        mean.append(predict_views(member, part, views, member.mode).mean(0).cpu())
+        seconds += middle - begin, time.perf_counter() - middle
+    return torch.cat(plain), torch.cat(mean), seconds / len(seis)
+
+
+def mean_map():
+    """The mean of synthetic maps of all families: (1, 1, 70, 70) m/s."""
+    maps = [make_maps(family, N_MEAN, MEAN_SEED).mean(0, dtype=np.float64) for family in FAMILIES]
+    return torch.from_numpy(np.mean(maps, 0)).float()[None]
+
+
+def measure(args):
+    """{contender: {family: (MAE, RMSE, SSIM, seconds a map)}}, and {family: what its maps are}."""
+    device, views = pick_device(args.device), make_views(("mirror",))
+    names = [name for name in args.ckpt.split(",") if name]
+    members = {name: Member(Config(ckpt=name), name, device).load() for name in names}
+    constant, rows, kinds = mean_map(), {}, {}
+    for family in FAMILIES:
+        maps, kinds[family] = test_maps(args.maps, family, args.n_per_family)
+        vel = torch.from_numpy(maps)
+        with torch.no_grad():
+            seis = torch.cat([simulate(part.to(device)) for part in vel.split(BATCH)])
+        found = {"mean map": (constant.expand_as(vel), 0.0)}
+        for name, member in members.items():
+            plain, mean, seconds = predicted(member, seis, views)
+            found |= {name: (plain, seconds[0]), f"{name}, mirror average": (mean, seconds[1])}
+        for name, (prediction, seconds) in found.items():
+            rmse = (prediction - vel).double().square().mean((1, 2, 3)).sqrt().mean().item()
+            scores = mae_of(prediction, vel).mean().item(), rmse, ssim(prediction, vel).mean().item()
+            rows.setdefault(name, {})[family] = (*scores, seconds)
+    return rows, kinds
+
+
+def add_arguments(parser):
+    parser.add_argument("--maps", metavar="DIR", help="folder of <Family>.npz with real maps under `dev`")
+    parser.add_argument("--ckpt", default="", help="checkpoints, divided by commas")
+    parser.add_argument("--n_per_family", type=int, default=0, help="0 = all real ones, 40 synthetic ones")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write every number there")
+
+
+def bench_accuracy(args):
+    """Print MAE by family for each contender, then RMSE, SSIM and seconds a map over all of them."""
+    rows, kinds = measure(args)
+    width = max(len(name) for name in rows)
+    initials = ["".join(c for c in family if c.isupper()) for family in FAMILIES]  # FVA, …, SB
+    head = " ".join(f"{name:>6}" for name in initials)
+    print(f"{'MAE, m/s':{width}} {head} {'mean':>6} {'RMSE':>6} {'SSIM':>6} {'s a map':>8}")
+    for name, row in rows.items():
+        mae, rmse, similarity, seconds = np.array([row[family] for family in FAMILIES]).T
+        print(
+            f"{name:{width}} "
+            + " ".join(f"{m:6.1f}" for m in mae)
+            + f" {mae.mean():6.1f} {rmse.mean():6.1f} "
+            f"{similarity.mean():6.3f} {seconds.mean():8.4f}"
+        )
+    synthetic = [family for family, kind in kinds.items() if kind == "synthetic"]
+    print(f"synthetic test maps: {', '.join(synthetic) or 'none, all are real'}")
+    if args.json:
+        with write_atomic(args.json) as part:
+            part.write_text(json.dumps({"rows": rows, "maps": kinds}), encoding="utf-8")
