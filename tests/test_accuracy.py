@@ -15,6 +15,11 @@ from model import build_model
 from utils import FAMILIES, save_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(accuracy, "N_MEAN", 2)
+
+
 def test_real_maps_are_taken_where_they_are_and_the_mean_map_scores_as_it_should(tmp_path):
     real = np.full((2, 1, 70, 70), 3000.0, np.float32)
     np.savez(tmp_path / "Style_B.npz", dev=real)
@@ -29,7 +34,9 @@ def test_real_maps_are_taken_where_they_are_and_the_mean_map_scores_as_it_should
 def test_a_checkpoint_is_scored_plain_and_with_its_mirrored_view(tmp_path, capsys):
     torch.manual_seed(0)
     cfg = parse(SMALL)
-    save_checkpoint(tmp_path / "net.pt", {"model": build_model(cfg).state_dict(), "cfg": dataclasses.asdict(cfg)})
+    save_checkpoint(
+        tmp_path / "net.pt", {"model": build_model(cfg).state_dict(), "cfg": dataclasses.asdict(cfg)}
+    )
     bench.main(["accuracy", f"--ckpt={tmp_path}/net.pt", "--n_per_family=1", "--device=cpu"])
     out = capsys.readouterr().out
     assert (
