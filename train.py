@@ -260,10 +260,6 @@ def main(argv):
         train(cfg, process)
 
 
-if __name__ == "__main__":
-    run_program(main)
-
-
 def steps_of(trainer, loader):
     """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
     sampler = loader.batch_sampler
@@ -311,3 +307,7 @@ def count_skipped(trainer, loader, log):
     if process.is_main and n:
         print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
         log.record({"step": trainer.step, "skipped_samples": n})
+
+
+if __name__ == "__main__":
+    run_program(main)
