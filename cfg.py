@@ -1,242 +1,307 @@
 """The configuration: one flat dataclass, edited here or overridden on the command line.
 
-`--name=value` and `--name value` set a field, a bare `--name` sets a boolean, and
-`--preset=NAME` starts from one of `PRESETS`; later words win over earlier ones.
+`--name=value` and `--name value` set an option, a bare `--name` switches it on, and `--preset=NAME` starts
+from one of `PRESETS`. Explicit options win over the preset, and the preset over the architecture's defaults.
+`python cfg.py` prints docs/config.md.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import inspect
 from dataclasses import dataclass
+
+from options.command_line import nearest, read_words
+from options.fields import Section, check_limits, check_types
+from options.help import markdown, print_help
+
+# Results that options decide, see `fields_that_decide`.
+TRAINING = "training"  # what a resumed training run must share with the run it goes on with
+PREDICTIONS = "predictions"  # one network's velocity maps, kept by an interrupted infer.py
+MAPS = "maps"  # the final velocity maps, kept likewise
+
+# A section's options decide what the section says, unless an option says otherwise.
+run = Section("run", "the run and the machine", ("train", "infer"))
+data = Section("data", "training and validation data", ("train",), (TRAINING,))
+augmentation = Section(
+    "augmentation", "augmentation of the gathers on the device, off by default", ("train",), (TRAINING,)
+)
+simulation = Section("online", "training pairs simulated while training", ("train",), (TRAINING,))
+network = Section(
+    "network", "the network; a checkpoint brings its own", ("train", "infer"), (TRAINING, PREDICTIONS, MAPS)
+)
+training = Section("training", "loss, optimizer and schedule", ("train",), (TRAINING,))
+watching = Section("watching", "logging, saving and trying out", ("train",))
+inference = Section("inference", "prediction, refining and reports", ("infer",), (MAPS,))
 
 
 @dataclass
 class Config:
     """Everything a run depends on. Sequences are written `--families=FlatVel_A,Style_B`."""
 
-    # run
-    name: str = "full"  # runs/<number>-<name>/
-    run_root: str = "runs"
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda, mps; each process takes its own card
-    gpus: str = "auto"  # processes of `python train.py`, one a card: a number, auto = all, 0 = CPU
-    threads: int = 0  # CPU threads a process; 0 = all cores shared among this machine's processes
-
-    # data
-    data_root: tuple = ("data_openfwi",)  # folders searched for OpenFWI or Kaggle training files
-    val_root: tuple = ()  # folders used whole for validation; empty = split data_root
-    families: tuple = ()  # names of those to use; empty = all that are found
-    split: str = "file"  # file = whole files, as the baseline; share = the last samples of each file
-    val_files: int = 2  # files a family for validation (the baseline's fold 0), never over half of them
-    val_share: float = 0.1  # share of samples for validation, where a family has one file or split=share
-    skip_bad_files: bool = (
-        False  # go on without files that cannot be read, saying and counting what is skipped
+    # ------------------------------------------------------------------------------------------------- run
+    name: str = run("full", "run folder: runs/<number>-<name>/", programs=("train",))
+    run_root: str = run("runs", "folder of the run folders", programs=("train",))
+    seed: int = run(0, "of weights, sample order and augmentation", programs=("train",), decides=(TRAINING,))
+    device: str = run(
+        "auto",
+        "auto, cpu, cuda, mps; each process takes its own card",
+        choices=("auto", "cpu", "cuda", "mps"),
     )
-    percent: tuple = ()  # of the training samples, nested, by seed: 30, or as FlatVel_A:10,Style_B:50
-    sample_weights: tuple = ()  # how often families come, as Style_B:2; test_mix = the competition's
-    workers: int = 4  # loader threads a rank; each holds a batch
-    flip_p: float = 0.5  # probability of the baseline's flip (inexact for the centre source)
-    synth_per_family: int = (
-        0  # > 0: make this many maps of each family with synth.py where data_root lacks them
+    gpus: str = run("auto", "cards, a process each: auto = all, or a number", programs=("train",))
+    threads: int = run(0, "CPU threads a process; 0 = this machine's cores, shared out", most=4096)
+    workers: int = run(4, "threads or processes that read ahead; each holds a batch", most=1024)
+    batch_size: int = run(16, "samples a process (a GPU) takes at once", above=0, most=10**6)
+    precision: str = run(
+        "auto",
+        "float32, tf32, bfloat16, float16; auto = 16 bits where the card computes them, else float32",
+        choices=("auto", "float32", "tf32", "bfloat16", "float16"),
+        decides=(TRAINING, PREDICTIONS, MAPS),
+    )
+    compile: str = run(
+        "off", "off, default, max-autotune: torch.compile", choices=("off", "default", "max-autotune")
     )
 
-    # augmentation of the gathers, on the device: each kind's probability for a sample, and its range
-    stretch_p: float = 0.0  # velocity-time scaling: v·c with time t/c, the wavelet restored
-    stretch: tuple = (0.9, 1.1)  # of c; each map keeps within 1500...4500 m/s
-    shift_p: float = 0.0  # in time
-    shift: int = 3  # at most so many samples (ms) either way
-    gain_p: float = 0.0  # one factor for the whole gather
-    gain: tuple = (0.8, 1.25)
-    noise_p: float = 0.0  # Gaussian
-    noise_db: tuple = (10, 40)  # signal-to-noise ratio
-    noise_coloured: float = 0.5  # share of the noisy samples whose noise lies in the wavelet's band
-    noise_spread: float = 0.3  # standard deviation of the logarithm of the traces' noise levels
-    shot_drop_p: float = 0.0  # shots set to zero
-    shot_drop: int = 1  # at most so many of the five
-    receiver_drop_p: float = 0.0  # receivers set to zero
-    receiver_drop: float = 0.1  # at most this share of them
-
-    # online simulation: training pairs made while training
-    online: float = 0.0  # share of each step's samples that are simulated, with exact mirroring; 0 = off
-    online_maps: str = "both"  # new = of `families` (all ten where empty), varied = training maps changed
-    online_pairs: int = 4096  # not on CUDA: so many on disk, 0.7 MB each, then they come round again
-    online_cache: str = ""  # not on CUDA: their folder; empty = <run_root>/online_cache
-    online_workers: int = 1  # not on CUDA: processes a rank that simulate them, one thread each
-
-    # network
-    arch: str = "unet"  # unet = the baseline's family, seisnext = ours, inversionnet = the OpenFWI paper's
-    mode: str = "full"  # input: full (1000x70), smart_256x72, small_72x72
-    backbone: str = "convnext_small.fb_in22k_ft_in1k"  # arch=unet: any timm ConvNeXt, CAFormer, ConvFormer
-    pretrained: bool = True  # arch=unet: start from ImageNet weights, fetched by timm
-    pretrained_file: str = ""  # local weights of the backbone instead of fetching
-    norm: str = "instance"  # encoder norms: instance (baseline), layer (timm's own)
-    activation: str = "gelu"  # encoder activations: gelu (baseline), original (timm's own)
-    drop_path: float = 0.0  # share of residual branches dropped in training, rising to this with depth
-    decoder_channels: tuple = (128, 64, 32)  # coarse to fine
-    upsample: str = "transposed"  # transposed, pixelshuffle, nearest
-    scse: bool = False  # SCSE attention in the decoder
-    skip_convs: bool = False  # two extra convolutions on each skip
-    decoder_norm: str = "none"  # none, instance, batch
-    out_level: int = 0  # decoder level the head reads, 0 = the finest; others need head=perfect
-    fusion: bool = False  # weighted mean of all decoder levels up to out_level
-    fusion_weights: tuple = ()  # one a level; empty = learned
-    head: str = "crop"  # crop (baseline), perfect (exactly 70x70 from any feature size)
-    confidence: bool = False  # predict the own absolute error too
-    classify_family: bool = False  # predict the family too
-    deep_supervision: bool = False  # a velocity map from every decoder level in training
-    bounded: bool = False  # sigmoid onto 1500...4500 m/s instead of the baseline's linear scaling
-    input_scaling: str = "none"  # none (baseline), signed_log, time_gain
-    width: int = 32  # arch=seisnext: channels of the finest map (deeper ones 3, 6, 8 times)
-
-    # training
-    epochs: int = 40
-    batch_size: int = 16  # samples a process (a GPU) reads at once
-    accumulate: int = 1  # batches a process adds up before each step
-    optimizer: str = "adamw"  # adamw, muon = Muon on matrices and kernels, AdamW on the rest
-    lr: float = 1e-4  # peak learning rate (baseline users: 1e-4 to 1e-3)
-    min_lr: float = 1e-6
-    warmup_steps: int = 500  # linear from min_lr to lr
-    warmup_epochs: float = 0.0  # more of the same, in epochs
-    constant_share: float = 0.0  # share of the steps after warm-up that keep lr; then the cosine
-    weight_decay: float = 0.01  # on matrices and kernels only
-    clip_norm: float = 3.0  # gradient norm; 0 = off
-    ema_decay: float = 0.99  # of the weights that are validated and saved; warmed up
-    precision: str = (
-        "auto"  # float32, tf32, bfloat16, float16; auto = bfloat16 or float16 on CUDA, else float32
+    # ------------------------------------------------------------------------------------------------ data
+    data_root: tuple = data(("data_openfwi",), "folders searched for OpenFWI or Kaggle training files")
+    val_root: tuple = data((), "folders used whole for validation; none = split data_root")
+    families: tuple = data((), "families to use; none = all that are found")
+    split: str = data(
+        "file",
+        "file = whole files validate, as the baseline; share = the last samples of each file",
+        choices=("file", "share"),
     )
-    compile: str = "off"  # off, default, max-autotune: torch.compile of the training forward
+    val_files: int = data(2, "validation files a family, at most half of them")
+    val_share: float = data(
+        0.1, "validation share of the samples, with split=share or one file a family", above=0, most=0.999
+    )
+    skip_bad_files: bool = data(False, "go on without files that cannot be read, and count them", decides=())
+    percent: tuple = data((), "of the training samples to use: 30, or FlatVel_A:10,Style_B:50")
+    sample_weights: tuple = data((), "how often families are drawn: Style_B:2; test_mix = the competition's")
+    flip_p: float = data(
+        0.5, "probability of the baseline's flip, which is inexact for the centre source", most=1
+    )
+    synth_per_family: int = data(
+        0, "> 0: first make this many maps of each family by synth.py where data_root lacks them"
+    )
 
-    smoothness: float = 0.0  # weight of the prediction's mean absolute difference between neighbours
-    smoothness_edge: float = 0.0  # m/s; > 0: differences beyond it cost no more (keeps interfaces sharp)
-    family_weights: tuple = ()  # of the loss, as Style_B:2,FlatVel_A:0.5; 1 where not named
-    patience: int = 0  # validations without a better one before stopping early; 0 = off
-    max_bad_steps: int = 10  # non-finite steps in a row before stopping
+    # ---------------------------------------------------------------------------------------- augmentation
+    stretch_p: float = augmentation(0.0, "probability: velocity times c, time divided by c", most=1)
+    stretch: tuple = augmentation(
+        (0.9, 1.1), "range of c; each map stays within 1500 to 4500 m/s", items=float, above=0
+    )
+    shift_p: float = augmentation(0.0, "probability: shift in time", most=1)
+    shift: int = augmentation(3, "largest shift either way, in samples (ms)")
+    gain_p: float = augmentation(0.0, "probability: one factor for the whole gather", most=1)
+    gain: tuple = augmentation((0.8, 1.25), "range of the factor", items=float, above=0)
+    noise_p: float = augmentation(0.0, "probability: Gaussian noise", most=1)
+    noise_db: tuple = augmentation(
+        (10, 40), "range of the signal-to-noise ratio, dB", items=float, least=-200
+    )
+    noise_coloured: float = augmentation(
+        0.5, "share of noisy samples with noise in the wavelet's band", most=1
+    )
+    noise_spread: float = augmentation(
+        0.3, "standard deviation of the logarithm of the traces' noise levels", most=10
+    )
+    shot_drop_p: float = augmentation(0.0, "probability: shots set to zero", most=1)
+    shot_drop: int = augmentation(1, "largest number of them, of five", most=4)
+    receiver_drop_p: float = augmentation(0.0, "probability: receivers set to zero", most=1)
+    receiver_drop: float = augmentation(0.1, "largest share of them", most=0.9)
 
-    # watching
-    log_every: int = 50  # steps
-    val_every: int = 1  # epochs
-    save_every: int = 1000  # steps between writes of last.pt (besides each validation)
-    save_minutes: float = 10.0  # and at the latest after these
-    wandb: str = "off"  # off, offline, online: Weights & Biases
-    resume: str = ""  # run folder to go on with, or auto = the newest one of this name
-    eval_only: bool = False  # validate --ckpt and stop
-    dry_run: bool = False  # print configuration, parameters and shapes, and stop
-    smoke: bool = False  # three steps, validation, save, reload: does everything work?
-    overfit: int = 0  # > 0: train and validate on the first so many samples
-    profile: bool = False  # write a Chrome trace of four steps into the run folder
-    deterministic: bool = False  # the same bits on every run on CUDA too, slower
+    # ---------------------------------------------------------------------------------------------- online
+    online: float = simulation(0.0, "share of each step's samples that is simulated; 0 = off", most=0.99)
+    online_maps: str = simulation(
+        "both",
+        "new = maps of `families`, varied = training maps changed, both",
+        choices=("new", "varied", "both"),
+    )
+    online_pairs: int = simulation(
+        4096, "without CUDA: pairs kept on disk, 0.7 MB each; they are used again in turn", above=0
+    )
+    online_cache: str = simulation(
+        "", "without CUDA: their folder; empty = <run_root>/online_cache", decides=()
+    )
+    online_workers: int = simulation(
+        1, "without CUDA: simulating processes a rank, one thread each", above=0, most=1024, decides=()
+    )
 
-    # inference
-    ckpt: str = ""  # best.pt, last.pt or a public state dict; infer.py averages several: a.pt,b.pt
-    input: str = ""  # a .npy file or a folder of them
-    out: str = "submission.csv"
-    tta: tuple = ()  # views averaged with the plain one: mirror, noise, scale, stretch; bare = mirror
-    tta_weights: tuple = ()  # of the views, as mirror:1,noise:0.5; the others as in tta.py
-    ensemble_weights: tuple = ()  # one a checkpoint; empty = those of --use, else equal
-    combine: str = "mean"  # how views, and checkpoints, become one map: mean, median, adaptive
-    post: tuple = ()  # steps of postprocess.py on the maps, in this order; auto = what --use found to help
-    fit: str = ""  # file to write: ensemble weights, statistics and helpful steps, fitted on --truth
-    use: str = ""  # such a file, fitted on validation data, to apply
-    refine: str = "none"  # against the observed gather: none, feedback, inversion
-    refine_rounds: int = 3  # of feedback
-    refine_step: float = 0.8  # of feedback: share of the residual put back; halved where misfit grows
-    refine_minutes: float = 10.0  # of inversion: at most so many for a gather
-    refine_budget: float = 0.0  # minutes for all gathers, those of most expected gain first; 0 = unlimited
-    refine_iterations: int = 600  # of inversion: cell by cell, for what searches leave; 0 = searches alone
-    misfit: bool = False  # simulate the predictions; misfits into <out>.misfit.csv, label-free quality
-    flag_worst: int = 0  # list and draw so many predictions of the greatest log misfit
-    figures: str = ""  # folder for figures: best, median and worst of each family; misfit against error
-    pseudo: str = ""  # folder for a training root of predictions and their own simulated gathers
-    pseudo_misfit: float = 0.3  # predictions of a greater log misfit are left out of it
-    pseudo_family: str = "CurveVel_B"  # family they are filed under where no classifier head tells it
-    save_maps: str = ""  # folder for <id>.npy, (70, 70) float32 m/s
-    truth: str = ""  # folder with the true maps, to score against
+    # --------------------------------------------------------------------------------------------- network
+    arch: str = network(
+        "unet", "unet = the baseline's family, seisnext = ours, inversionnet = the OpenFWI paper's"
+    )
+    mode: str = network("full", "input: full (1000x70), smart_256x72, small_72x72")
+    backbone: str = network(
+        "convnext_small.fb_in22k_ft_in1k", "unet: any timm ConvNeXt, ConvNeXtV2, CAFormer or ConvFormer"
+    )
+    pretrained: bool = network(
+        True, "unet: start from ImageNet weights, fetched by timm", decides=(TRAINING,)
+    )
+    pretrained_file: str = network(
+        "", "local weights of the backbone instead of fetching", decides=(TRAINING,)
+    )
+    norm: str = network("instance", "encoder norms: instance (baseline), layer (timm's own)")
+    activation: str = network("gelu", "encoder activations: gelu (baseline), original (timm's own)")
+    drop_path: float = network(
+        0.0, "share of residual branches dropped in training, reached at the deepest", most=0.99
+    )
+    decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int)
+    upsample: str = network("transposed", "transposed, pixelshuffle, nearest")
+    scse: bool = network(False, "SCSE attention in the decoder")
+    skip_convs: bool = network(False, "two extra convolutions on each skip connection")
+    decoder_norm: str = network("none", "none, instance, batch")
+    out_level: int = network(0, "decoder level the head reads: 0 = the finest; others need head=perfect")
+    fusion: bool = network(False, "weighted mean of all decoder levels up to out_level")
+    fusion_weights: tuple = network((), "a weight for each level; none = learned", items=float)
+    head: str = network("crop", "crop (baseline), perfect (exactly 70x70 from any feature size)")
+    confidence: bool = network(False, "also predict the error of each cell")
+    classify_family: bool = network(False, "also predict the family")
+    deep_supervision: bool = network(False, "a velocity map from every decoder level in training")
+    bounded: bool = network(False, "sigmoid onto 1500 to 4500 m/s instead of the baseline's linear scaling")
+    input_scaling: str = network("none", "none (baseline), signed_log, time_gain")
+    width: int = network(32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many")
 
-    given = frozenset()  # no field: the names that stood on the command line
+    # -------------------------------------------------------------------------------------------- training
+    epochs: int = training(40, "passes over the training samples", above=0)
+    accumulate: int = training(1, "batches whose gradients are added up for each step", above=0, decides=())
+    optimizer: str = training(
+        "adamw", "adamw, muon = Muon on matrices and kernels, AdamW on the rest", choices=("adamw", "muon")
+    )
+    lr: float = training(1e-4, "peak learning rate; users of the baseline took 1e-4 to 1e-3", above=0)
+    min_lr: float = training(1e-6, "learning rate at the start of the warm-up and at the end")
+    warmup_steps: int = training(500, "steps of linear rise from min_lr to lr")
+    warmup_epochs: float = training(0.0, "more of the same, in epochs")
+    constant_share: float = training(
+        0.0, "share of the steps after warm-up that keep lr, before the cosine", most=0.999
+    )
+    weight_decay: float = training(0.01, "on matrices and kernels only")
+    clip_norm: float = training(3.0, "largest gradient norm; 0 = no clipping")
+    ema_decay: float = training(
+        0.99, "of the averaged weights, which are validated and saved; warmed up", most=0.99999
+    )
+    smoothness: float = training(
+        0.0, "weight of the prediction's mean absolute difference between neighbouring cells"
+    )
+    smoothness_edge: float = training(
+        0.0, "m/s; > 0: larger differences cost no more, which keeps interfaces sharp"
+    )
+    family_weights: tuple = training((), "of the loss: Style_B:2,FlatVel_A:0.5; 1 where not named")
+    patience: int = training(0, "stop early after this many validations without a better one; 0 = off")
+    max_bad_steps: int = training(10, "stop after this many non-finite steps in a row", above=0, decides=())
+
+    # -------------------------------------------------------------------------------------------- watching
+    log_every: int = watching(50, "steps between log lines", above=0)
+    val_every: int = watching(1, "epochs between validations", above=0)
+    save_every: int = watching(1000, "steps between writes of last.pt, besides each validation", above=0)
+    save_minutes: float = watching(10.0, "and at the latest after these", above=0)
+    wandb: str = watching(
+        "off", "Weights & Biases: off, offline, online", choices=("off", "offline", "online")
+    )
+    resume: str = watching("", "run folder to go on with; auto = the newest one of this name, if any")
+    eval_only: bool = watching(False, "validate --ckpt and stop")
+    dry_run: bool = watching(False, "print configuration, parameters and shapes, and stop")
+    smoke: bool = watching(
+        False, "three steps, validation, save, reload: does everything work?", decides=(TRAINING,)
+    )
+    overfit: int = watching(0, "> 0: train and validate on this many samples", decides=(TRAINING,))
+    profile: bool = watching(False, "write a Chrome trace of four steps into the run folder")
+    deterministic: bool = watching(False, "the same bits on every CUDA run, slower", decides=(TRAINING,))
+
+    # ------------------------------------------------------------------------------------------- inference
+    ckpt: str = inference(
+        "",
+        "best.pt, last.pt or a public state dict; infer.py joins several: a.pt,b.pt",
+        programs=("train", "infer"),
+        decides=(),
+    )
+    input: str = inference("", "a .npy file of gathers, or a folder of them", decides=())
+    out: str = inference("submission.csv", "the competition's CSV of the final maps", decides=())
+    tta: tuple = inference(
+        (),
+        "views joined with the plain one: mirror, noise, scale, stretch; bare = mirror",
+        bare=("mirror",),
+        decides=(PREDICTIONS, MAPS),
+    )
+    tta_weights: tuple = inference(
+        (), "of the views: mirror:1,noise:0.5; the others as in inference/tta.py", decides=(PREDICTIONS, MAPS)
+    )
+    ensemble_weights: tuple = inference(
+        (), "a weight for each checkpoint; none = those of --use, else equal", items=float
+    )
+    combine: str = inference(
+        "mean",
+        "how views and checkpoints are joined: mean, median, adaptive",
+        choices=("mean", "median", "adaptive"),
+        decides=(PREDICTIONS, MAPS),
+    )
+    post: tuple = inference((), "steps of postprocess.py, in this order; auto = what --use found to help")
+    fit: str = inference(
+        "", "file to write: ensemble weights, statistics and helpful steps, fitted to --truth", decides=()
+    )
+    use: str = inference("", "such a file, fitted on validation data, to apply")
+    refine: str = inference(
+        "none",
+        "against the observed gather: none, feedback, inversion",
+        choices=("none", "feedback", "inversion"),
+    )
+    refine_rounds: int = inference(3, "rounds of feedback", most=1000)
+    refine_step: float = inference(
+        0.8, "feedback: share of the residual put back; halved where the misfit grows", most=10
+    )
+    refine_minutes: float = inference(10.0, "inversion: most minutes a gather")
+    refine_budget: float = inference(
+        0.0, "inversion: minutes for all gathers, largest expected gain first; 0 = no limit"
+    )
+    refine_iterations: int = inference(
+        600, "inversion: steps cell by cell for what the searches leave; 0 = searches only"
+    )
+    misfit: bool = inference(False, "simulate the final maps; write misfits to <out>.misfit.csv", decides=())
+    flag_worst: int = inference(
+        0, "list and draw this many predictions of the greatest log misfit", decides=()
+    )
+    figures: str = inference(
+        "", "folder for figures: best, median and worst of each family; misfit against error", decides=()
+    )
+    pseudo: str = inference(
+        "", "folder for a training set made of predictions and their simulated gathers", decides=()
+    )
+    pseudo_misfit: float = inference(0.3, "pseudo: largest log misfit of a prediction to keep", decides=())
+    pseudo_family: str = inference(
+        "CurveVel_B", "pseudo: family to file maps under where the network does not classify", decides=()
+    )
+    save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=())
+    truth: str = inference("", "folder of the true maps, to score against", decides=(PREDICTIONS, MAPS))
+
+    given = frozenset()  # not a field: the names that stood on the command line
 
     def __post_init__(self):
-        """Check every field's type; an int may serve for a float, a list for a tuple."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if kind is float and type(value) is int:
-                value = float(value)
-            if kind is tuple and isinstance(value, list):
-                value = tuple(value)
-            if type(value) is not kind:
-                raise ValueError(
-                    f"{field.name} = {value!r} is a {type(value).__name__}, expected {kind.__name__}"
-                )
-            setattr(self, field.name, value)
-        _check_choices(self)
+        """Check types and limits; raises ValueError, one line, for the first that does not hold."""
+        check_types(self)
+        check_limits(self)
+        if not self.data_root:
+            raise ValueError("--data_root: expected at least one folder")
+        if self.gpus != "auto" and not self.gpus.isdigit():
+            raise ValueError(f"--gpus={self.gpus}: expected a number or auto")
+        for name in ("stretch", "gain", "noise_db"):
+            values = getattr(self, name)
+            if len(values) != 2 or values[0] > values[1]:
+                raise ValueError(f"--{name}={','.join(map(str, values))}: expected lowest,highest")
+        if not self.stretch[0] <= 1 <= self.stretch[1]:
+            raise ValueError(f"--stretch={self.stretch[0]},{self.stretch[1]}: expected a range that holds 1")
 
 
-# what decides the network: a checkpoint brings its own
-NETWORK_FIELDS = (
-    *("arch", "mode", "backbone", "norm", "activation", "drop_path", "decoder_channels", "upsample", "scse"),
-    *("skip_convs", "decoder_norm", "out_level", "fusion", "fusion_weights", "head", "confidence"),
-    *("classify_family", "deep_supervision", "bounded", "input_scaling", "width"),
-)
-# what a resumed run may change without being another experiment
-FREE_FIELDS = (
-    *(
-        "run_root",
-        "device",
-        "gpus",
-        "threads",
-        "workers",
-        "batch_size",
-        "accumulate",
-        "log_every",
-        "val_every",
-    ),
-    *("online_cache", "online_workers"),
-    *("save_every", "save_minutes", "wandb", "resume", "eval_only", "dry_run", "profile", "compile"),
-    *("skip_bad_files",),
-    *("max_bad_steps", "ckpt", "input", "out", "tta", "tta_weights", "ensemble_weights", "combine", "post"),
-    *(
-        "fit",
-        "use",
-        "refine",
-        "refine_rounds",
-        "refine_step",
-        "refine_minutes",
-        "refine_budget",
-        "refine_iterations",
-        "misfit",
-        "flag_worst",
-        "figures",
-    ),
-    *("pseudo", "pseudo_misfit", "pseudo_family", "save_maps", "truth"),
-)
+def fields_that_decide(result):
+    """Names of the options on which a result depends: TRAINING, PREDICTIONS or MAPS.
 
-CHOICES = {
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "split": ("file", "share"),
-    "precision": ("auto", "float32", "tf32", "bfloat16", "float16"),
-    "compile": ("off", "default", "max-autotune"),
-    "optimizer": ("adamw", "muon"),
-    "wandb": ("off", "offline", "online"),
-    "combine": ("mean", "median", "adaptive"),
-    "refine": ("none", "feedback", "inversion"),
-    "online_maps": ("new", "varied", "both"),
-}
-RANGES = ("stretch", "gain", "noise_db")  # lowest and highest value
-NUMBERS = ("decoder_channels", "fusion_weights", "ensemble_weights", *RANGES)  # the others hold words
-BARE = {"tta": {"true": ("mirror",), "false": ()}}  # sequences that may stand as a switch
-BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-POSITIVE = (
-    "batch_size",
-    "accumulate",
-    "epochs",
-    "max_bad_steps",
-    "save_minutes",
-    "log_every",
-    "val_every",
-    "save_every",
-    "lr",
-    "online_pairs",
-    "online_workers",
+    What is kept of an interrupted run may only be used again where all of these are the same. Options that
+    name files decide by the files' contents: compare these as well.
+    """
+    assert result in (TRAINING, PREDICTIONS, MAPS), result
+    return tuple(f.name for f in dataclasses.fields(Config) if result in f.metadata["decides"])
+
+
+# What decides the network itself: a checkpoint brings these along.
+NETWORK_FIELDS = tuple(
+    f.name
+    for f in dataclasses.fields(Config)
+    if f.metadata["section"] is network and PREDICTIONS in f.metadata["decides"]
 )
 
 SEISNEXT = {  # our network, with the options and the rate it was measured with
@@ -249,7 +314,7 @@ SEISNEXT = {  # our network, with the options and the rate it was measured with
     "weight_decay": 0.05,
 }
 PRESETS = {
-    "full": {},
+    "baseline": {},
     "seisnext": {"name": "seisnext", **SEISNEXT},
     "demo": {  # simulates, trains and validates in minutes on two CPU cores
         "name": "demo",
@@ -266,98 +331,19 @@ PRESETS = {
 }
 
 
-def _check_choices(cfg):
-    for name, options in CHOICES.items():
-        if getattr(cfg, name) not in options:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: expected one of {', '.join(options)}")
-    for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: expected a positive number")
-    for name, value in vars(cfg).items():
-        if isinstance(value, float | int) and value < 0:
-            raise ValueError(f"--{name}={value}: expected 0 or more")
-    for name in NUMBERS:
-        if not all(isinstance(n, int | float) for n in getattr(cfg, name)):
-            raise ValueError(f"{name} = {getattr(cfg, name)}: expected numbers")
-    if not cfg.data_root:
-        raise ValueError("--data_root: expected at least one folder")
-    if not 0 < cfg.val_share < 1:
-        raise ValueError(f"--val_share={cfg.val_share}: expected a share between 0 and 1")
-    if cfg.gpus != "auto" and not cfg.gpus.isdigit():
-        raise ValueError(f"--gpus={cfg.gpus}: expected a number or auto")
-    for name in RANGES:
-        values = getattr(cfg, name)
-        if len(values) != 2 or values[0] > values[1] or (name != "noise_db" and values[0] <= 0):
-            raise ValueError(f"--{name}={','.join(map(str, values))}: expected lowest,highest, positive ones")
-    if not cfg.stretch[0] <= 1 <= cfg.stretch[1]:
-        raise ValueError(f"--stretch={cfg.stretch[0]},{cfg.stretch[1]}: expected a range that holds 1")
-    tops = {name: 1 for name in vars(cfg) if name.endswith("_p")} | {"noise_coloured": 1, "online": 0.99}
-    tops |= {"shot_drop": 4, "receiver_drop": 0.9, "constant_share": 0.999, "ema_decay": 0.99999}
-    for name, top in tops.items():
-        if getattr(cfg, name) > top:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: expected at most {top}")
+def parse(argv, program="train"):
+    """Command-line words -> Config. Raises ValueError, one line, for what does not fit.
 
-
-def _nearest(word, words, prefix=""):
-    match = difflib.get_close_matches(word.lower(), [w.lower() for w in words], 1)
-    found = next((w for w in words if match and w.lower() == match[0]), None)
-    return f"; did you mean {prefix}{found}?" if found else ""
-
-
-def _number(name, word):
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(word)
-    raise ValueError(f"--{name}: expected numbers divided by commas, got {word!r}")
-
-
-def _convert(name, text, kind):
-    """The words of the command line as a value of the field's type."""
-    if kind is bool:
-        if text.lower() in BOOLS:
-            return BOOLS[text.lower()]
-        raise ValueError(f"--{name}={text}: expected true or false")
-    if text.lower() in BARE.get(name, ()):
-        return BARE[name][text.lower()]
-    if kind is tuple:
-        words = [w for w in text.split(",") if w]
-        return tuple(_number(name, w) for w in words) if name in NUMBERS else tuple(words)
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"--{name}={text}: expected {kind.__name__}, got {text!r}") from None
-
-
-def parse(argv):
-    """Command-line words -> Config. Raises ValueError, one line, for what does not fit."""
+    program: whose sections `--help` prints: train, infer.
+    """
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nPresets: {', '.join(PRESETS)}\n\n{inspect.getsource(Config).split('    def ')[0]}")
+        print_help(Config, program, __doc__, PRESETS)
         raise SystemExit(0)
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    values, preset, words = {}, "full", list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or (name not in kinds and name != "preset"):
-            raise ValueError(f"unknown option {word.partition('=')[0]}{_nearest(name, kinds, '--')}")
-        kind = kinds.get(name, str)
-        if not equals:
-            is_switch = name in BARE and (not words or words[0].startswith("--"))
-            if is_switch or kind is bool and (not words or words[0].lower() not in BOOLS):
-                text = "true"
-            elif words and not words[0].startswith("--"):
-                text = words.pop(0)
-            else:
-                raise ValueError(f"--{name} needs a value: --{name}={kind.__name__}")
-        if name == "preset":
-            if text not in PRESETS:
-                raise ValueError(
-                    f"unknown preset {text!r}{_nearest(text, PRESETS)} (all: {', '.join(PRESETS)})"
-                )
-            preset = text
-        else:
-            values[name] = _convert(name, text, kind)
+    values = read_words(argv, Config, extra=("preset",))
+    preset = values.pop("preset", "baseline")
+    if preset not in PRESETS:
+        hint = "; it is called baseline now" if preset == "full" else nearest(preset, PRESETS)
+        raise ValueError(f"unknown preset {preset!r}{hint} (all: {', '.join(PRESETS)})")
     cfg = Config(**{**PRESETS[preset], **values})
     cfg.given = frozenset(values)
     return cfg
@@ -376,3 +362,7 @@ def network_config(cfg, checkpoint):
                 f"leave out --{name}, or give another checkpoint"
             )
     return dataclasses.replace(cfg, **saved, pretrained=False)
+
+
+if __name__ == "__main__":
+    print(markdown(Config, PRESETS), end="")

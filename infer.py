@@ -349,7 +349,7 @@ def infer(cfg, process):
 
 def main(argv):
     """Predict what --input holds; raise ValueError where it or the checkpoint is not named."""
-    cfg = parse(argv)
+    cfg = parse(argv, "infer")
     for name in ("ckpt", "input"):
         if not getattr(cfg, name):
             raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cfg import FREE_FIELDS, network_config
+from cfg import TRAINING, fields_that_decide, network_config
 from model import build_model
 from networks.weights import load_weights
 from openfwi.modes import preprocess
@@ -74,8 +74,11 @@ def latest_state(folder):
 def check_same_run(cfg, folder, state, global_batch):
     """Refuse to go on with a run of another configuration, naming what differs."""
     saved, asked = state["cfg"], dataclasses.asdict(cfg)
-    differs = [f"{n}: {saved.get(n)} there, {asked[n]} here" for n in asked
-               if n not in FREE_FIELDS and saved.get(n) != asked[n]]  # fmt: skip
+    differs = [
+        f"{name}: {saved.get(name)} there, {asked[name]} here"
+        for name in fields_that_decide(TRAINING)
+        if saved.get(name) != asked[name]
+    ]
     if state["global_batch"] != global_batch:
         differs.append(f"samples a step: {state['global_batch']} there, {global_batch} here")
     if differs:

@@ -1,0 +1,101 @@
+"""Declaring a program's options: dataclass fields that carry their section, meaning and limits."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+MOST = {int: 10**9, float: 1e12}  # what a number may be where its field says nothing else
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of options. Called, it declares one: `lr: float = training(1e-4, "peak learning rate")`."""
+
+    name: str
+    meaning: str  # the heading in --help and docs/config.md
+    programs: tuple = ()  # whose --help shows the section
+    decides: tuple = ()  # the results that depend on its options
+
+    def __call__(
+        self,
+        default,
+        meaning,
+        *,
+        programs=None,
+        decides=None,
+        choices=(),
+        least=0,
+        above=None,
+        most=None,
+        items=str,
+        bare=None,
+    ):
+        """A dataclass field.
+
+        programs and decides replace the section's own. Numbers lie from `least` (or strictly above `above`)
+        to `most`; in a sequence of numbers, `items` int or float, each of them does. `bare` is the value of
+        the option written as a switch, for fields that are not booleans.
+        """
+        metadata = {
+            "section": self,
+            "meaning": meaning,
+            "programs": self.programs if programs is None else programs,
+            "decides": self.decides if decides is None else decides,
+            "choices": choices,
+            "least": least,
+            "above": above,
+            "most": most,
+            "items": items,
+            "bare": bare,
+        }
+        return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_types(options):
+    """Give every field its declared type: an int may serve for a float, a list for a tuple.
+
+    Raises ValueError, one line, where a value has another type.
+    """
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.type
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if type(value) is not kind and not (kind == bool | str and isinstance(value, kind)):
+            name = getattr(kind, "__name__", "true, false or str")
+            raise ValueError(f"{field.name} = {value!r} is a {type(value).__name__}, expected {name}")
+        setattr(options, field.name, value)
+
+
+def check_limits(options):
+    """Raise ValueError, one line, for a value that its field's choices or limits exclude."""
+    for field in dataclasses.fields(options):
+        value, limits = getattr(options, field.name), field.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(f"--{field.name}={value}: expected one of {', '.join(limits['choices'])}")
+        if field.type in (int, float):
+            _check_number(field.name, value, value, field.type, limits)
+        elif field.type is tuple:
+            kind = limits["items"]
+            for item in value:
+                if kind is str and not isinstance(item, str):
+                    raise ValueError(f"{field.name} = {value}: expected words, as strings")
+                if kind is not str and (type(item) not in (int, kind)):
+                    what = "whole numbers" if kind is int else "numbers"
+                    raise ValueError(f"{field.name} = {value}: expected {what}")
+                if kind is not str:
+                    _check_number(field.name, item, ",".join(map(str, value)), kind, limits)
+
+
+def _check_number(name, value, written, kind, limits):
+    if not math.isfinite(value):
+        raise ValueError(f"--{name}={written}: expected a finite number")
+    if limits["above"] is not None and value <= limits["above"]:
+        positive = "a positive number" if limits["above"] == 0 else f"more than {limits['above']}"
+        raise ValueError(f"--{name}={written}: expected {positive}")
+    if value < limits["least"]:
+        raise ValueError(f"--{name}={written}: expected {limits['least']} or more")
+    most = MOST[kind] if limits["most"] is None else limits["most"]
+    if value > most:
+        raise ValueError(f"--{name}={written}: expected at most {most:g}")
