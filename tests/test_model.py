@@ -10,7 +10,6 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from conftest import run_cli
 
 import bench
 import model
@@ -308,5 +307,5 @@ def test_table_of_a_configuration(capsys):
         "8x36x36, 24x18x18, 48x9x9, 64x5x5",
     ):
         assert words in out
-    done = run_cli("model.py", "--arch=seisnext", "--mode=small_72x72")
-    assert done.returncode == 2 and "--mode=full only" in done.stderr
+    with pytest.raises(ValueError, match="--mode=full only"):
+        bench.main(["network", "--arch=seisnext", "--mode=small_72x72"])

@@ -1,6 +1,5 @@
 """synth.py: maps against real ones, file layout, resuming, bad input."""
 
-import argparse
 import json
 import shutil
 import signal
@@ -15,7 +14,6 @@ from conftest import ROOT
 
 import synth
 import waves
-from benchmarks import realism
 from inversion.find_fault import _map_fit, _random_fault
 from synthetic import dataset, maps
 from utils import FAMILIES
@@ -271,47 +269,6 @@ def test_a_soft_fault_moves_layers_by_whole_half_cells(curved):
     assert vel.max() <= 4500
     assert (vel == np.round(vel)).mean() > 0.6  # layers stay whole away from edges
     assert (np.diff(vel, axis=3) != 0).any((1, 2, 3)).mean() > 0.8  # there is a fault to see
-
-
-# ---------------------------------------------------------------- told apart from real maps
-
-
-def test_a_wrong_generator_is_wrong_for_its_while():
-    ours = maps.make_maps("FlatVel_A", 20, 0)
-    with realism.wrong_generator("FlatVel_A"):
-        wrong = maps.make_maps("FlatVel_A", 20, 0)
-    assert (wrong != ours).any((1, 2, 3)).mean() > 0.8
-    np.testing.assert_array_equal(maps.make_maps("FlatVel_A", 20, 0), ours)
-
-
-def test_the_classifier_tells_other_maps_and_not_the_same_kind():
-    ours, again = (maps.make_maps("FlatVel_A", 180, seed) for seed in (0, 1))
-    assert realism.accuracy(ours, again, 128, seed=0, epochs=4)[0] < 0.75  # five errors of 5 % from one half
-    others = maps.make_maps("CurveVel_A", 180, 1)
-    assert realism.accuracy(ours, others, 128, seed=0, epochs=8)[0] > 0.9
-
-
-def test_snapping_sets_cells_near_a_layer_to_it():
-    vel = np.repeat([2000.0, 2500.0, 3000.0, 4000.0], [20, 20, 20, 10])[None, None, :, None]
-    vel = np.tile(vel, 70).astype(np.float32)
-    expected = vel.copy()
-    vel[0, 0, 10, 10] = 2010
-    vel[0, 0, 25, 20] = expected[0, 0, 25, 20] = 2700  # too far from any
-    np.testing.assert_array_equal(realism.snap(vel, "FlatFault_A", 0.02), expected)
-
-
-def test_realism_prints_ours_and_the_control_and_refuses_other_families(tmp_path, capsys):
-    path = tmp_path / "FlatVel_A.npz"
-    np.savez(path, **{f"model{k}": maps.make_maps("FlatVel_A", 40, k) for k in (10, 9)})
-    np.testing.assert_array_equal(realism.real_maps(path)[:40], maps.make_maps("FlatVel_A", 40, 9))
-    arguments = argparse.Namespace(maps=tmp_path, families="FlatVel_A", seeds=1, snap=0.01)
-    realism.bench_realism(arguments)
-    out = capsys.readouterr().out
-    assert "ours" in out
-    assert "wrong on purpose" in out
-    arguments.families = "Style_A"
-    with pytest.raises(ValueError, match="Style_A: expected one of FlatVel_A"):
-        realism.bench_realism(arguments)
 
 
 # ---------------------------------------------------------------- files
