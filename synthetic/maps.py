@@ -1,15 +1,15 @@
 """Velocity maps of OpenFWI's ten families: `make_maps`.
 
 OpenFWI's generator was never released: these follow the maps it published
-(Deng et al., 2022, arXiv 2111.02926). FlatVel_A, CurveVel_A and four-layer
-FlatFault_A were fitted to real maps (`python bench.py realism` says how near
-they come); the other families are sensible stand-ins.
+(Deng et al., 2022, arXiv 2111.02926). `python bench.py realism` says how near
+they come; docs/experiments/generators.md says what real maps taught.
 """
 
 import math
 
 import numpy as np
 
+from synthetic.sharp_fault import draw_sharp_faults
 from synthetic.soft_fault import FAULT_ENDS, N_CELLS, N_FINE, THROW, slip_soft
 from utils import FAMILIES, V_MAX, V_MIN, check_family
 
@@ -75,42 +75,22 @@ def _slip_soft(rng, field, v_min):
     return result if rng.random() < 0.5 else result[:, ::-1]
 
 
-def _slip_sharp(rng, field):
-    """Version B's fault: one side moves along it by whole cells, except where that brings in the outside."""
-    dip = math.radians(rng.triangular(34, 77, 82))  # median 66 degrees
-    slope = rng.choice([-1, 1]) / math.tan(dip)  # cells across for a cell down
-    dz = rng.choice([-1, 1]) * rng.uniform(5, 10)
-    dz, dx = round(dz), round(dz * slope)
-    z, x = np.mgrid[:N_CELLS, :N_CELLS]
-    side = rng.choice([-1, 1]) * (x - rng.uniform(10, 60) - slope * (z - N_CELLS / 2))
-    block = (side > 0) & (x - dx >= 0) & (x - dx <= N_CELLS - 1)
-    moved = field[np.clip(z - dz, 0, N_CELLS - 1), np.clip(x - dx, 0, N_CELLS - 1)]
-    return np.where(block, moved, field)
-
-
-def _faulted(rng, curved, version, layers):
-    """Fault families: A one fault and soft edges, B two or three and sharp ones -> (70, 70)."""
-    n = layers or rng.choice(FAULT_LAYERS[version])
+def _faulted_soft(rng, curved, layers):
+    """Fault families, version A: one fault with soft edges -> (70, 70)."""
+    n = layers or rng.choice(FAULT_LAYERS["A"])
     thickness = np.full(n, 60 // n)  # four real layers: 15 cells each, and ten more dealt out in turn
     for k in range(n - 1):
         thickness[k] += rng.integers(0, N_CELLS - thickness.sum() + 1)
     thickness[-1] += N_CELLS - thickness.sum()
-    fine = 2 if version == "A" else 1  # points a cell
-    x = np.arange(fine * N_CELLS) / fine
+    x = np.arange(N_FINE) / 2
     depths = np.cumsum(rng.permutation(thickness))[:-1, None] + np.zeros_like(x)
-    for _ in range((1 if version == "A" else rng.integers(2, 4)) if curved else 0):
+    if curved:
         phase = 2 * math.pi * (rng.integers(1, 6) * x / N_CELLS + rng.random())
         depths = depths + rng.uniform(2, 6) * np.sin(phase)
-    rows = np.round(fine * depths)
-    if version == "A":
-        n_slow = (n + rng.integers(0, 2)) // 2  # of three layers, one or two
-        slow, fast = rng.integers(1500, 3001, n_slow), rng.integers(3000, 4501, n - n_slow)
-        velocities = np.sort(np.append(slow, fast))
-        return _slip_soft(rng, _fill(rows, velocities, N_FINE), velocities[0])
-    field = _fill(rows, rng.integers(V_MIN, V_MAX + 1, n))
-    for _ in range(rng.integers(2, 4)):
-        field = _slip_sharp(rng, field)
-    return field
+    n_slow = (n + rng.integers(0, 2)) // 2  # of three layers, one or two
+    slow, fast = rng.integers(1500, 3001, n_slow), rng.integers(3000, 4501, n - n_slow)
+    velocities = np.sort(np.append(slow, fast))
+    return _slip_soft(rng, _fill(np.round(2 * depths), velocities, N_FINE), velocities[0])
 
 
 def _style(rng, version):
@@ -126,24 +106,31 @@ def _style(rng, version):
     return np.clip(field, V_MIN, V_MAX)
 
 
+DRAW = {  # family: f(rng, layers or None) -> (70, 70) m/s
+    "FlatVel_A": lambda rng, layers: _layered(rng, curved=False, increasing=True),
+    "FlatVel_B": lambda rng, layers: _layered(rng, curved=False, increasing=False),
+    "CurveVel_A": lambda rng, layers: _layered(rng, curved=True, increasing=True),
+    "CurveVel_B": lambda rng, layers: _layered(rng, curved=True, increasing=False),
+    "FlatFault_A": lambda rng, layers: _faulted_soft(rng, False, layers),
+    "FlatFault_B": lambda rng, layers: draw_sharp_faults(rng, False, layers),
+    "CurveFault_A": lambda rng, layers: _faulted_soft(rng, True, layers),
+    "CurveFault_B": lambda rng, layers: draw_sharp_faults(rng, True, layers),
+    "Style_A": lambda rng, layers: _style(rng, "A"),
+    "Style_B": lambda rng, layers: _style(rng, "B"),
+}
+
+
 def make_maps(family, n, seed, start=0, layers=None):
     """Velocity maps start … start + n - 1 of a family: (n, 1, 70, 70) float32, m/s.
 
-    Map i depends on (family, seed, i) alone. `layers` fixes the number of
-    layers in Fault families; without it each map draws its own. Raises
-    ValueError for an unknown family, a negative seed or n < 1.
+    Map i depends on (family, seed, i) alone. `layers` is the K of OpenFWI's file names: the number of layers
+    in Fault families of version A, of each of the two spliced models in version B; without it each map draws
+    its own. Raises ValueError for an unknown family, a negative seed or n < 1.
     """
-    kind, version = check_family(family).split("_")
+    draw = DRAW[check_family(family)]
     if n < 1 or seed < 0:
         raise ValueError(f"n = {n}, seed = {seed}; expected n of at least 1 and seed of at least 0")
     maps = np.empty((n, 1, N_CELLS, N_CELLS), np.float32)
     for i in range(n):
-        rng = np.random.default_rng([seed, FAMILIES.index(family), start + i])
-        curved = kind.startswith("Curve")
-        if kind.endswith("Vel"):
-            maps[i] = _layered(rng, curved, version == "A")
-        elif kind.endswith("Fault"):
-            maps[i] = _faulted(rng, curved, version, layers)
-        else:
-            maps[i] = _style(rng, version)
+        maps[i] = draw(np.random.default_rng([seed, FAMILIES.index(family), start + i]), layers)
     return maps
