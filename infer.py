@@ -146,8 +146,8 @@ class Run:
         print(f"--post=auto: {', '.join(steps) or 'no step helps'}")
         self.fit = {"ensemble_weights": self.weights, "statistics": fit_statistics(vel, truth), "post": steps}
         self.fit |= {"checkpoints": [str(path) for path in self.paths], "maps": len(truth)}
-        with write_atomic(self.cfg.fit) as part:
-            part.write_text(json.dumps(self.fit), encoding="utf-8")
+        with write_atomic(self.cfg.fit, "w") as file:
+            json.dump(self.fit, file)
         weights = ", ".join(f"{w:.3f}" for w in self.weights)
         print(f"weights {weights}; fitted on {len(truth)} maps -> {self.cfg.fit}")
 
@@ -273,7 +273,7 @@ class Run:
         """Keep the maps on the way of an inversion for `--figures`, beside the other results."""
         for i, steps in zip(numbers if self.cfg.figures else (), courses, strict=False):
             if steps:
-                with write_atomic(self.work.folder / f"steps{i}.npz") as part, open(part, "wb") as file:
+                with write_atomic(self.work.folder / f"steps{i}.npz") as file:
                     np.savez(file, **{f"{k:03} {what}": vel for k, (what, vel) in enumerate(steps)})
 
     def steps_of(self, i):
@@ -296,12 +296,12 @@ class Run:
         families = [t[2] for t in self.truths] if self.truths else recognised
         write_submission(self.out, oids, results["vel"][:, 0])
         for oid, vel in zip(oids if cfg.save_maps else (), results["vel"][:, 0], strict=False):
-            with write_atomic(Path(cfg.save_maps) / f"{oid}.npy") as part, open(part, "wb") as file:
+            with write_atomic(Path(cfg.save_maps) / f"{oid}.npy") as file:
                 np.save(file, vel)
         if cfg.refine != "none":
             notes = self.work.notes("trace.jsonl")
-            with write_atomic(self.out.with_suffix(".trace.jsonl")) as part:
-                part.write_text("".join(json.dumps(notes[oid]) + "\n" for oid in oids), encoding="utf-8")
+            with write_atomic(self.out.with_suffix(".trace.jsonl"), "w") as file:
+                file.writelines(json.dumps(notes[oid]) + "\n" for oid in oids)
         if cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo:
             write_misfits(self.out.with_suffix(".misfit.csv"), oids, results, families, errors)
             print_warnings(oids, results)

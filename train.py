@@ -86,8 +86,8 @@ def finish_epoch(trainer, log, val_loader, reference):
         "mean_map_mae": mean_score["all"][0],
         "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
     }
-    with write_atomic(folder / "metrics.json") as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with write_atomic(folder / "metrics.json", "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
     prediction_figure(folder / "validation.png", rows)
     log.record(record)
     log.figure(folder / "validation.png")

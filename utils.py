@@ -4,9 +4,13 @@ import contextlib
 import ctypes
 import datetime
 import difflib
+import errno
+import functools
 import json
 import os
 import random
+import re
+import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+try:
+    import fcntl
+except ImportError:  # Windows: no file locks
+    fcntl = None
 
 FAMILIES = (  # OpenFWI's ten families, in its own order
     *("FlatVel_A", "FlatVel_B", "CurveVel_A", "CurveVel_B", "FlatFault_A", "FlatFault_B"),
@@ -193,22 +202,104 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def write_atomic(path):
-    """Yield a temporary path beside `path` and rename it when the block ends well."""
+def write_atomic(path, mode="wb"):
+    """Yield an open file that becomes `path`, on disk and whole, when the block ends well.
+
+    Mode "w" is UTF-8 text. Until then the bytes lie beside `path` in a hidden file with a random name, made
+    exclusively, so that no link planted there is followed and two writers never share one; the last to end
+    wins. Its writer holds a lock on it: what a killed one left behind is removed by the next to write there.
+    A link at `path` is replaced, not followed. Raises OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder or a device, expected a file", str(path))
     try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_parts(path.parent.resolve())
+        part, file = _make_part(path, mode)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()  # Windows renames closed files only
+                os.replace(part, path)  # still locked, so that nobody takes it for a leftover
+                _sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).endswith(PART):
+            raise  # it names another file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def save_checkpoint(path, state):
-    """Write `state` (tensors, numbers, strings, containers) whole or not at all."""
-    with write_atomic(path) as part:
-        torch.save(state, part)
+PART = ".part"  # of a hidden file that is being written
+
+
+def _make_part(path, mode):
+    """Make and lock a file beside `path` under a name that nobody can foresee: (its path, the open file)."""
+    while True:
+        # a part of the name tells people what it is; the whole could be too long for one
+        part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{PART}")
+        with contextlib.suppress(FileExistsError):
+            file = open(part, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+            # between its making and its locking it could be taken for a leftover: then make another
+            if _lock(file) and os.fstat(file.fileno()).st_nlink:
+                return part, file
+            file.close()
+
+
+def _lock(file):
+    """Whether we hold the file's lock now; where there are no locks, we do."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # this file system, or Windows, has none
+        return True
+    return True
+
+
+@functools.cache  # once a folder and program: a folder may hold very many files
+def sweep_parts(folder):
+    """Remove what killed writers left in a folder."""
+    for part in folder.glob(f".*{PART}"):
+        if not re.fullmatch(rf"\..+\.[0-9a-f]{{16}}{PART}", part.name) or part.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # that of a living writer, or of another user
+            if fcntl is None:
+                part.unlink()  # Windows removes no file that is open
+                continue
+            with open(part, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def _sync_folder(folder):
+    """Bring a rename to the disk; not every file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(path, state, keep_as=None):
+    """Write `state` (tensors, numbers, strings, containers) whole or not at all; OSError names the file.
+
+    With `keep_as` the checkpoint that was there is kept under that name.
+    """
+    path = Path(path)
+    with write_atomic(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides the reason, such as a full disk, behind one of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        if keep_as and path.exists():
+            os.replace(path, keep_as)
 
 
 def load_checkpoint(path):

@@ -107,5 +107,5 @@ def bench_accuracy(args):
     synthetic = [family for family, kind in kinds.items() if kind == "synthetic"]
     print(f"synthetic test maps: {', '.join(synthetic) or 'none, all are real'}")
     if args.json:
-        with write_atomic(args.json) as part:
-            part.write_text(json.dumps({"rows": rows, "maps": kinds}), encoding="utf-8")
+        with write_atomic(args.json, "w") as file:
+            json.dump({"rows": rows, "maps": kinds}, file)

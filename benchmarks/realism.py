@@ -134,11 +134,11 @@ def draw_rows(rows, folder, n=8):
         line[0].set_title(family, fontsize=8, loc="left")
     figure.tight_layout(pad=0.3)
     folder = Path(folder)
-    with write_atomic(folder / "which_are_real.png") as part:
-        figure.savefig(part, dpi=100, format="png")
+    with write_atomic(folder / "which_are_real.png") as file:
+        figure.savefig(file, dpi=100, format="png")
     plt.close(figure)
-    with write_atomic(folder / "key.json") as part:
-        part.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    with write_atomic(folder / "key.json", "w") as file:
+        json.dump(key, file, indent=1)
     print(f"which are real? {folder}/which_are_real.png; the answers: {folder}/key.json")
 
 

@@ -39,9 +39,9 @@ def write_pseudo(root, maps, families, batch_size=16, device="cpu"):
             if seis_path.exists():
                 continue
             vel = np.stack([maps[i] for i in mine[start : start + PER_FILE]])
-            with write_atomic(vel_path) as part, open(part, "wb") as file:
+            with write_atomic(vel_path) as file:
                 np.save(file, vel)
-            with write_atomic(seis_path) as part, open(part, "wb") as file:
+            with write_atomic(seis_path) as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(vel), *GATHER_SHAPE)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for k in range(0, len(vel), batch_size):

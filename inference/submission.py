@@ -30,7 +30,7 @@ def submission_rows(oid, vel):
 def write_submission(path, oids, maps):
     """Write the competition's CSV, whole or not at all: maps (N, 70, 70) m/s, an array or a memory map."""
     try:
-        with write_atomic(path) as part, open(part, "wb", buffering=1 << 20) as file:
+        with write_atomic(path) as file:
             file.write(HEADER.encode())
             for i, oid in enumerate(oids):
                 file.write(submission_rows(oid, np.asarray(maps[i])))

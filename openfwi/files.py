@@ -125,8 +125,8 @@ class Index:
         }
         text = json.dumps(entries)
         if json.loads(text) != self.known:
-            with contextlib.suppress(OSError), write_atomic(self.cache) as part:
-                part.write_text(text, encoding="utf-8")
+            with contextlib.suppress(OSError), write_atomic(self.cache, "w") as file:
+                file.write(text)
         return found
 
 

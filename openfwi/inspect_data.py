@@ -168,28 +168,26 @@ def is_packed(out, manifest, name, source, file, shape, kind):
 
 
 def write_manifest(out, mode, files):
-    with write_atomic(out / MANIFEST) as part:
-        text = json.dumps({"mode": mode, "dtype": "float16", "files": files}, indent=1)
-        part.write_text(text + "\n", encoding="utf-8")
+    with write_atomic(out / MANIFEST, "w") as file:
+        file.write(json.dumps({"mode": mode, "dtype": "float16", "files": files}, indent=1) + "\n")
 
 
 def write_packed(path, source, shape, kind, mode):
     """Write one file of a copy; returns its checksum and how many values had to be clipped."""
     n_clipped = 0
     header = {"descr": kind.str, "fortran_order": False, "shape": (len(source), *shape)}
-    with write_atomic(path) as part:
-        with open(part, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for first in range(0, len(source), CHUNK):
-                rows = range(first, min(first + CHUNK, len(source)))
-                block = np.stack([source[i] for i in rows]).astype(np.float32)
-                check_finite(block, source.path, f"{rows[0]} to {rows[-1]}", "file")
-                if shape != MAP_SHAPE:
-                    ready = preprocess(torch.from_numpy(block), mode)
-                    n_clipped += int((ready.abs() > HALF_MAX).sum())
-                    block = ready.clamp(-HALF_MAX, HALF_MAX).numpy()
-                file.write(block.astype(kind).tobytes())
-        return sha256(part), n_clipped
+    with write_atomic(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, len(source), CHUNK):
+            rows = range(first, min(first + CHUNK, len(source)))
+            block = np.stack([source[i] for i in rows]).astype(np.float32)
+            check_finite(block, source.path, f"{rows[0]} to {rows[-1]}", "file")
+            if shape != MAP_SHAPE:
+                ready = preprocess(torch.from_numpy(block), mode)
+                n_clipped += int((ready.abs() > HALF_MAX).sum())
+                block = ready.clamp(-HALF_MAX, HALF_MAX).numpy()
+            file.write(block.astype(kind).tobytes())
+    return sha256(path), n_clipped
 
 
 # ---------------------------------------------------------------- program

@@ -20,8 +20,8 @@ def pyplot():
 
 def save_figure(fig, path):
     """Write a figure as .png, whole or not at all, and close it."""
-    with write_atomic(path) as part:
-        fig.savefig(part, format="png", dpi=80)
+    with write_atomic(path) as file:
+        fig.savefig(file, format="png", dpi=80)
     pyplot().close(fig)
 
 

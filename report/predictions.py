@@ -14,7 +14,7 @@ from waves.misfit import MISFITS, WARNINGS
 
 def write_misfits(path, oids, results, families, errors=None):
     """CSV of misfits, warnings and families, with errors where they are known."""
-    with write_atomic(path) as part, open(part, "w", encoding="utf-8") as file:
+    with write_atomic(path, "w") as file:
         file.write(f"oid,{','.join(MISFITS)},warning,family{',mae' if errors is not None else ''}\n")
         for i, oid in enumerate(oids):
             misfits = ",".join(f"{results[m][i]:.6g}" for m in MISFITS)

@@ -24,7 +24,7 @@ from openfwi.npy import MAP_SHAPE, check_array
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.soft_fault import N_CELLS
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_family, pick_device
+from utils import FAMILIES, check_family, pick_device, write_atomic
 
 N_SAMPLES = 1000  # of 1 ms
 
@@ -129,15 +129,6 @@ def _part(path):
     return path.with_name(path.name + ".part")  # loaders look for .npy
 
 
-def _write_whole(path, write):
-    """Write a file on disk before it takes its name; `write` gets the open file."""
-    with open(_part(path), "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_part(path), path)
-
-
 def _claim(out, jobs, todo, options):
     """Note each family's options in out/synth.json; ValueError where other files are in the way, or no room.
 
@@ -171,7 +162,8 @@ def _claim(out, jobs, todo, options):
         sizes = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free"
         raise ValueError(f"{out}: {sizes}; fewer maps or --dtype=float16")
     known = dict.fromkeys(jobs, options) | known
-    _write_whole(record, lambda file: file.write(json.dumps(known, indent=1).encode()))
+    with write_atomic(record, "w") as file:
+        file.write(json.dumps(known, indent=1))
 
 
 def _write_pair(job, dtype, device, bar):
@@ -201,7 +193,8 @@ def _write_pair(job, dtype, device, bar):
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(batch))
-    _write_whole(job.vel, lambda file: np.save(file, vel))
+    with write_atomic(job.vel) as file:
+        np.save(file, vel)
     os.replace(_part(job.seis), job.seis)
 
 

@@ -78,8 +78,8 @@ class Log:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with write_atomic(path) as part:
-                part.write_text("".join(kept), encoding="utf-8")
+            with write_atomic(path, "w") as file:
+                file.writelines(kept)
 
     def reset(self):
         self.losses, self.data_s, self.since = [], 0.0, time.perf_counter()

@@ -256,7 +256,7 @@ def fill(plan, folder, chunks, worker, n_workers):
                 continue
             seis, vel = exact_pairs(torch.from_numpy(plan.velocity(k)))
             for path, values in ((vel_file, vel.numpy()), (seis_file, seis.numpy().astype(np.float16))):
-                with write_atomic(path) as part, open(part, "wb") as file:
+                with write_atomic(path) as file:
                     np.save(file, values)
             if not multiprocessing.parent_process().is_alive():
                 return

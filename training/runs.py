@@ -18,7 +18,7 @@ from cfg import TRAINING, fields_that_decide, network_config
 from model import build_model
 from networks.weights import load_weights
 from openfwi.modes import preprocess
-from utils import averaged_weights, load_checkpoint, read_lines, write_atomic
+from utils import averaged_weights, load_checkpoint, read_lines, save_checkpoint
 
 
 def open_run(cfg, process, global_batch):
@@ -155,10 +155,6 @@ def save_last(trainer, folder):
         return  # spoilt weights must not replace good ones; BadSteps stops such a run
     last = folder / "last.pt"
     try:
-        with write_atomic(last) as part:
-            torch.save(trainer.state(), part)
-            if last.exists():
-                os.replace(last, folder / "previous.pt")
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        reason = str(error).splitlines()[0]
-        print(f"{last}: not written ({reason}); the one before stays; free some space", flush=True)
+        save_checkpoint(last, trainer.state(), keep_as=folder / "previous.pt")
+    except OSError as error:
+        print(f"{last}: not written ({error.strerror}); the one before stays; free some space", flush=True)
