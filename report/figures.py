@@ -25,15 +25,15 @@ def save_figure(fig, path):
     pyplot().close(fig)
 
 
-def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX):
-    """One map panel with axes in m and a bar in m/s; an empty one where there are no values."""
+def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX, unit="m/s"):
+    """One map panel with axes in m and a bar; an empty one where there are no values."""
     if values is None:
         ax.axis("off")
         return
     extent = (0, dx_m * values.shape[1], dx_m * values.shape[0], 0)
     image = ax.imshow(values, extent=extent, cmap=cmap, vmin=vmin, vmax=vmax)
     ax.set(title=title, xlabel="x (m)", ylabel="depth (m)")
-    fig.colorbar(image, ax=ax, label="m/s")
+    fig.colorbar(image, ax=ax, label=unit)
 
 
 def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
@@ -64,7 +64,7 @@ def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
     save_figure(fig, path)
 
 
-def _draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
+def draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
     extent = (0, dx_m * shot.shape[1], dt_s * len(shot), 0)
     ax.imshow(shot, cmap="gray", vmin=limits[0], vmax=limits[1], aspect="auto", extent=extent)
     ax.set(title=title, xlabel="receiver (m)", ylabel="time (s)")
@@ -83,7 +83,7 @@ def quality_figure(path, rows):
     for ax, (title, seis, prediction, truth, other) in zip(axes, rows, strict=True):
         shot, simulated = (np.asarray(s[len(s) // 2], np.float32) for s in (seis, other))
         limits = np.percentile(shot, (5, 95))
-        _draw_gather(ax[0], title, shot, limits)
+        draw_gather(ax[0], title, shot, limits)
         draw_map(fig, ax[1], "prediction", prediction)
         draw_map(fig, ax[2], "truth", truth)
         if truth is None:
@@ -93,8 +93,8 @@ def quality_figure(path, rows):
             limit = max(float(np.abs(error).max()), 1.0)
             heading = f"error, MAE {np.abs(error).mean():.1f} m/s"
             draw_map(fig, ax[3], heading, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        _draw_gather(ax[4], "simulated from prediction", simulated, limits)
-        _draw_gather(ax[5], "residual", shot - simulated, limits)
+        draw_gather(ax[4], "simulated from prediction", simulated, limits)
+        draw_gather(ax[5], "residual", shot - simulated, limits)
     save_figure(fig, path)
 
 
