@@ -28,7 +28,12 @@ def test_every_file_of_its_tree_exists_and_every_module_is_in_it():
     tree = re.search(r"```text\n(cfg\.py.*?)```", README, re.S)[1]
     listed = set(re.findall(r"^(\S+(?:\.py|/))", tree, re.M))
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
-    assert listed == {path.name for path in ROOT.glob("*.py")} | folders | {"docs/", "examples/", "recipes/", "tests/"}
+    assert listed == {path.name for path in ROOT.glob("*.py")} | folders | {
+        "docs/",
+        "examples/",
+        "recipes/",
+        "tests/",
+    }
 
 
 def test_pictures_it_shows_are_there():
