@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from openfwi.files import check_values, find_pairs
+from openfwi.files import check_values, find_pairs, same_maps
 from openfwi.npy import MAP_SHAPE
 from utils import FAMILIES, check_family, mirror_survey
 
@@ -119,9 +119,18 @@ def load_items(cfg):
         train, val = split_pairs(pairs, cfg)
         return subsample(train, cfg), val
     val_pairs = good_pairs(cfg.val_root, cfg)
-    if both := {pair.seis.resolve() for pair in pairs} & {pair.seis.resolve() for pair in val_pairs}:
+    trained_on = {}
+    for pair in pairs:
+        trained_on.setdefault((pair.family, pair.seis.name.lower()), []).append(pair)
+    both = [
+        pair.seis
+        for pair in val_pairs
+        for other in trained_on.get((pair.family, pair.seis.name.lower()), ())
+        if same_maps(pair, other)
+    ]
+    if both:
         raise ValueError(
-            f"{min(both)}: in both --data_root and --val_root ({len(both)} files are); "
+            f"{both[0]}: in both --data_root and --val_root ({len(both)} files are, by their velocities); "
             "validate on files that are not trained on"
         )
     return subsample(whole(pairs), cfg), whole(val_pairs)

@@ -3,10 +3,12 @@
 Layouts (n samples a file, 500 in OpenFWI), under any folders:
     <Family>/data/data{N}.npy    (n, 5, 1000, 70)    <Family>/model/model{N}.npy  (n, 1, 70, 70)
     <Family>/seis{K}_1_{M}.npy   (n, 5, 1000, 70)    <Family>/vel{K}_1_{M}.npy    (n, 1, 70, 70)
-Seismic and velocity are float16, float32 or float64; velocity in m/s.
+Velocity maps may be (n, 70, 70). Seismic and velocity are floats or whole numbers; velocity in m/s. Names are
+read without regard to case; hidden files and folders are left alone.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -25,13 +27,17 @@ from utils import FAMILIES, check_family, write_atomic
 
 FULL_CHECK_GB = 4  # sets up to this size are read whole at start; of larger ones three samples a file
 
-SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy")
+SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
 
-VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy")
+VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
+
+ANY_NPY = re.compile(r"[^.].*\.npy", re.IGNORECASE | re.ASCII)  # hidden files are left alone
 
 VEL_PREFIX = {"data": "model", "seis": "vel"}
 
 MANIFEST = "pack.json"  # in the root of a packed copy: its mode and checksums
+
+MAX_WHOLE_AMPLITUDE = 1000  # of gathers in whole numbers; beyond it they were scaled to fill their type
 
 N_READERS = 8  # threads that wait for the disk while files are indexed or checked
 
@@ -50,35 +56,86 @@ def family_of(path):
     """As `family_in`, but a file under no family's folder raises ValueError."""
     if family := family_in(path):
         return family
-    folder = path.parent.parent if path.parent.name in VEL_PREFIX else path.parent
+    folder = path.parent.parent if path.parent.name.lower() in VEL_PREFIX else path.parent
     try:
         return check_family(folder.name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; rename the folder to its family") from None
 
 
-def find_files(root, pattern):
-    """Files below `root` whose name fits, in natural order; links are followed, each folder is seen once."""
+def find_files(root, pattern, problems=None):
+    """Files below `root` whose name fits, in natural order; links are followed, each folder is seen once.
+
+    Hidden folders are left out. A folder that cannot be read raises ValueError, or is added to `problems`.
+    """
     found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+
+    def unreadable(error):
+        problem = (
+            f"{error.filename}: folder cannot be read ({error.strerror}); "
+            "check its permissions, or move it elsewhere"
+        )
+        if problems is None:
+            raise ValueError(problem)
+        problems.append(problem)
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            unreadable(error)
+            continue
+        # where a file system has no numbers for its folders, as some of Windows have none, the path serves
+        identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+        if identity in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         found += [os.path.join(folder, name) for name in names if pattern.fullmatch(name)]
-    found.sort(key=lambda path: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", path)])
+    found.sort(key=lambda path: [int(w) if w.isdecimal() else w for w in re.split(r"([0-9]+)", path)])
     return [Path(path) for path in found]
 
 
+def velocity_name(seis_name):
+    """The name of the velocity file that belongs to a seismic file's name; other names stay as they are."""
+    return SEIS_NAME.sub(lambda m: f"{VEL_PREFIX[m[1].lower()]}{m[2]}.npy", seis_name)
+
+
 def velocity_of(seis):
-    """The velocity file of a seismic file: beside it, or in the `model` folder beside its own."""
-    prefix, number = SEIS_NAME.fullmatch(seis.name).groups()
-    name = f"{VEL_PREFIX[prefix]}{number}.npy"
-    for vel in (seis.parent.parent / VEL_PREFIX[prefix] / name, seis.parent / name):
-        if vel.is_file():
+    """The velocity file of a seismic file: beside it, or in the `model` folder beside its own.
+
+    Names are read without regard to case. Raises ValueError where there is none, or more than one.
+    """
+    name = velocity_name(seis.name)
+    prefix = VEL_NAME.fullmatch(name)[1]
+    for vel in (seis.parent.parent / prefix / name, seis.parent / name):
+        if os.path.isfile(vel):
             return vel
-    raise ValueError(f"{seis}: no velocity file {name} beside it or in a folder {VEL_PREFIX[prefix]}/")
+    folders = [*_entries(seis.parent.parent, prefix), seis.parent]
+    found = [vel for folder in folders for vel in _entries(folder, name) if os.path.isfile(vel)]
+    if len(found) == 1:
+        return found[0]
+    what = f"several files fit: {', '.join(vel.name for vel in found)}" if found else "no velocity file"
+    raise ValueError(f"{seis}: {what} {name} beside it or in a folder {prefix}/")
+
+
+def _entries(folder, name):
+    """What in a folder has this name, in whatever case."""
+    try:
+        return [folder / entry for entry in os.listdir(folder) if entry.lower() == name]
+    except OSError:
+        return []
+
+
+def say_unknown_names(files):
+    """Print how many of these .npy files are named as neither gathers nor velocity maps, if any are."""
+    unknown = [
+        path for path in files if not (SEIS_NAME.fullmatch(path.name) or VEL_NAME.fullmatch(path.name))
+    ]
+    if unknown:
+        what = "1 .npy file is" if len(unknown) == 1 else f"{len(unknown)} .npy files are"
+        print(f"left out: {what} not named as data, first: {unknown[0]}", flush=True)
 
 
 # ---------------------------------------------------------------- the index
@@ -96,8 +153,9 @@ class Index:
         name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
         self.cache = Path(folder, "openfwi-index", f"{name}.json")
         try:
-            self.known = dict(json.loads(self.cache.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            kept = json.loads(self.cache.read_text(encoding="utf-8"))
+            self.known = dict(kept["files"]) if kept["sha256"] == _checksum(kept["files"]) else {}
+        except (OSError, ValueError, TypeError, KeyError):
             self.known = {}
 
     def remembered(self, path):
@@ -119,15 +177,20 @@ class Index:
         with ThreadPoolExecutor(N_READERS) as pool:
             found |= zip(missing, pool.map(_header_or_error, missing), strict=True)
         entries = {
-            str(path): [file.shape, file.dtype.str, file.offset, file.mtime_ns, file.ctime_ns]
+            str(path): [file.shape, file.stored.str, file.offset, file.mtime_ns, file.ctime_ns]
             for path, file in found.items()
             if isinstance(file, NpyFile) and max(file.mtime_ns, file.ctime_ns) < settled
         }
-        text = json.dumps(entries)
-        if json.loads(text) != self.known:
+        if json.loads(json.dumps(entries)) != self.known:
+            text = json.dumps({"sha256": _checksum(entries), "files": entries})
             with contextlib.suppress(OSError), write_atomic(self.cache, "w") as file:
                 file.write(text)
         return found
+
+
+def _checksum(entries):
+    """Of the index's entries: one that was damaged or edited is not believed."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _header_or_error(path):
@@ -155,7 +218,7 @@ class FilePair:
 def scan(roots, families=()):
     """Find every file pair under `roots`, headers only: (pairs, what is wrong with others, a line each).
 
-    A file that is found twice, by links or roots within each other, counts once.
+    A file that is found twice, by links or roots within each other, counts once, and so does its copy.
     Raises ValueError for missing or empty folders and unknown families.
     """
     wanted = [check_family(family) for family in families]
@@ -165,8 +228,10 @@ def scan(roots, families=()):
             raise ValueError(
                 f"{root}: no such folder; give the OpenFWI or Kaggle training files by --data_root=DIR"
             )
-        files = find_files(root, SEIS_NAME)
-        if not files:
+        files = find_files(root, ANY_NPY, problems)
+        say_unknown_names(files)
+        files = [path for path in files if SEIS_NAME.fullmatch(path.name)]
+        if not files and not problems:
             raise ValueError(
                 f"{root}: no data{{N}}.npy or seis{{K}}_1_{{M}}.npy below it; see the README for the layout"
             )
@@ -185,7 +250,39 @@ def scan(roots, families=()):
                 pairs.append(pair_up(headers[seis], headers[vel], family))
             except ValueError as error:
                 problems.append(str(error))
-    return pairs, problems
+    return without_copies(pairs), problems
+
+
+def without_copies(pairs):
+    """The pairs, without those that hold the same maps as an earlier one of the same name and family.
+
+    Such copies, as of the competition's files beside the whole set, would be trained and validated on at
+    once. How many were left out is printed.
+    """
+    kept, copies, by_name = [], [], {}
+    for pair in pairs:
+        namesakes = by_name.setdefault((pair.family, pair.mode, pair.seis.name.lower()), [])
+        original = next((other for other in namesakes if same_maps(pair, other)), None)
+        if original:
+            copies.append((pair, original))
+        else:
+            namesakes.append(pair)
+            kept.append(pair)
+    if copies:
+        pair, original = copies[0]
+        what = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
+        print(f"left out: {what} by its velocities, first: {pair.seis} of {original.seis}", flush=True)
+    return kept
+
+
+def same_maps(pair, other):
+    """Whether two pairs hold the same velocity maps, in float16 at least: precision may differ."""
+    if pair.n != other.n:
+        return False
+    try:
+        return all(np.array_equal(np.float16(pair.maps[i]), np.float16(other.maps[i])) for i in range(pair.n))
+    except ValueError:  # unreadable by now, which the check of values says
+        return False
 
 
 def pair_up(gathers, maps, family):
@@ -200,7 +297,8 @@ def pair_up(gathers, maps, family):
             f"{MANIFEST} above, which says mode {manifest.get('mode', 'nothing')}; pack it again"
         )
     check_shape(gathers, [(None, *MODE_SHAPES[mode])], "shot gathers")
-    check_shape(maps, [(None, *MAP_SHAPE)], "velocity maps")
+    check_shape(maps, [(None, *MAP_SHAPE), (None, *MAP_SHAPE[1:])], "velocity maps")
+    maps = dataclasses.replace(maps, shape=(len(maps), *MAP_SHAPE))
     if len(gathers) != len(maps):
         raise ValueError(
             f"{gathers.path}: {len(gathers)} samples, but {maps.path} has {len(maps)}; copy both again"
@@ -282,6 +380,12 @@ def check_pair(pair, indices):
         if not 300 <= found[-1][2] <= found[-1][3] <= 10_000:
             raise ValueError(
                 f"{pair.vel}: {vel.min():g} to {vel.max():g}, expected velocities in m/s (1500 to 4500)"
+            )
+        largest = max(-found[-1][0], found[-1][1])
+        if pair.gathers.stored.kind != "f" and largest > MAX_WHOLE_AMPLITUDE:
+            raise ValueError(
+                f"{pair.seis}: {pair.gathers.stored} values up to {largest:g}, expected pressure near ±50: "
+                "scaled by an unknown factor; divide by it and save as float32"
             )
         if not any(found[-1][:2]):
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from openfwi.files import FULL_CHECK_GB, SEIS_NAME, VEL_NAME, VEL_PREFIX, family_in, find_files
+from openfwi.files import ANY_NPY, FULL_CHECK_GB, VEL_NAME, family_in, find_files, velocity_name
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_array, check_finite, open_array
 
 
@@ -33,7 +32,7 @@ def find_gathers(root):
     root = Path(root)
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
-    files = [root] if root.is_file() else find_files(root, re.compile(r"[^.].*\.npy"))
+    files = [root] if root.is_file() else find_files(root, ANY_NPY)
     gathers, seen = [], {}
     for path in files:
         if root.is_dir() and VEL_NAME.fullmatch(path.name):
@@ -64,14 +63,12 @@ def find_truths(root, gathers):
     if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder; give the true maps by --truth=DIR")
     by_name = {}
-    for path in find_files(root, re.compile(r"[^.].*\.npy")):
+    for path in find_files(root, ANY_NPY):
         by_name.setdefault(path.name, []).append(path)
 
     @functools.cache
     def truth_of(path, is_single):
-        name = (
-            path.name if is_single else SEIS_NAME.sub(lambda m: VEL_PREFIX[m[1]] + m[2] + ".npy", path.name)
-        )
+        name = path.name if is_single else velocity_name(path.name)
         found = by_name.get(name, [])
         if len(found) > 1:
             found = [vel for vel in found if family_in(vel) == family_in(path)]

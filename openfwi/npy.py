@@ -8,7 +8,9 @@ import functools
 import io
 import math
 import os
+import stat
 import threading
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 GATHER_SHAPE, MAP_SHAPE = (5, 1000, 70), (1, 70, 70)
+NUMBERS = tuple(map(np.dtype, ("f2", "f4", "f8", "i1", "u1", "i2", "u2", "i4", "u4")))
 _PARSING = threading.Lock()  # threads that parse at once make Python 3.11 fail at times (its issue 106905)
 
 
@@ -25,14 +28,15 @@ class NpyFile:
 
     path: Path
     shape: tuple
-    dtype: np.dtype
+    stored: np.dtype  # of the file; whole numbers are read as float32
     offset: int  # bytes before the first value
     mtime_ns: int
     ctime_ns: int  # changes, too, when another file takes the name with its old time
 
+    dtype = property(lambda self: self.stored if self.stored.kind == "f" else np.dtype(np.float32))
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: math.prod(self.shape))
-    n_bytes = property(lambda self: self.offset + self.size * self.dtype.itemsize)
+    n_bytes = property(lambda self: self.offset + self.size * self.stored.itemsize)
 
     def __len__(self):
         return self.shape[0]
@@ -51,20 +55,18 @@ class NpyFile:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
-        assert out.nbytes == (self.n_bytes - self.offset) // len(self) and out.dtype == self.dtype, out.shape
-        return self._read(self.offset + index * out.nbytes, out)
+        assert out.size == self.size // len(self) and out.dtype == self.dtype, (out.shape, out.dtype)
+        return self._read(self.offset + index * out.size * self.stored.itemsize, out)
 
     def _read(self, begin, out):
+        into = out if out.dtype == self.stored else np.empty(out.shape, self.stored)
         try:
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.lseek(file, begin, os.SEEK_SET)
-                left = memoryview(out.reshape(-1).view(np.uint8))
-                while left and (n := os.readv(file, [left])):
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(begin)
+                left = memoryview(into.reshape(-1).view(np.uint8))
+                while left and (n := file.readinto(left)):
                     left = left[n:]
-                status = os.fstat(file)  # after the read: what changed during it shows as well
-            finally:
-                os.close(file)
+                status = os.fstat(file.fileno())  # after the read: what changed during it shows as well
         except OSError as error:
             raise ValueError(
                 f"{self.path}: cannot be read ({error.strerror}); it was there when the files were indexed"
@@ -74,29 +76,25 @@ class NpyFile:
                 f"{self.path}: {status.st_size} bytes, expected {self.n_bytes} as indexed, untouched since: "
                 "truncated or overwritten while in use; copy it again and restart"
             )
+        if into is not out:
+            out[...] = into
         return out
 
 
 def read_header(path):
-    """The header of a .npy file of floats as an `NpyFile`; ValueError says what keeps it from being read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            begin, status = file.read(16384), os.fstat(file.fileno())
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); check the disk and permissions"
-        ) from None
+    """The header of a .npy file of numbers as an `NpyFile`; ValueError says what keeps it from being read."""
+    begin, status = _beginning(path)
     header = io.BytesIO(begin)
     try:
-        version = np.lib.format.read_magic(header)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        with _PARSING:
-            shape, is_fortran, dtype = read[version](header)
-    except (ValueError, KeyError, EOFError) as error:
+        with _PARSING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers written by Python 2
+            shape, is_fortran, dtype = _parse(header)
+    except Exception as error:  # numpy evaluates the header's text: damaged, it can raise anything
         if zipfile.is_zipfile(path):
             raise ValueError(f"{path}: an .npz archive, not a .npy file; unpack it") from None
-        raise ValueError(f"{path}: truncated or not a .npy file ({error}); copy it again") from None
-    kinds = "expected float16, float32 or float64"
+        reason = " ".join(str(error).split())[:120].encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"{path}: truncated or not a .npy file ({reason}); copy it again") from None
+    kinds = "expected float16, float32, float64, or whole numbers"
     if dtype.hasobject:
         raise ValueError(
             f"{path}: Python objects (dtype {dtype}), {kinds}; save it again as np.stack(array).astype('f4')"
@@ -106,7 +104,7 @@ def read_header(path):
             f"{path}: big-endian bytes (dtype {dtype.str}), {kinds} of this machine's order; "
             f"save it again as array.astype('{dtype.str.replace('>', '<')}')"
         )
-    if dtype not in (np.float16, np.float32, np.float64):
+    if dtype not in NUMBERS:
         raise ValueError(f"{path}: dtype {dtype}, {kinds}")
     if is_fortran:
         raise ValueError(
@@ -120,6 +118,32 @@ def read_header(path):
             f"{path}: {what}: {status.st_size} bytes, expected {file.n_bytes} by its header; copy it again"
         )
     return file
+
+
+def _beginning(path):
+    """The first bytes of a regular file, and its status; a pipe or a device is never opened."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ValueError(
+                f"{path}: a pipe, socket or device, expected a regular file; remove or rename it"
+            )
+        with open(path, "rb", buffering=0) as file:
+            return file.read(16384), os.fstat(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); check the disk and permissions"
+        ) from None
+
+
+def _parse(header):
+    """Shape, whether in Fortran order, and dtype by a .npy file's header."""
+    version = np.lib.format.read_magic(header)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(header)
+    if version in ((2, 0), (3, 0)):  # the third differs from the second in field names alone
+        return np.lib.format.read_array_header_2_0(header)
+    raise ValueError(f"format version {version[0]}.{version[1]}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,7 +168,7 @@ def check_shape(file, shapes, what):
 
 
 def check_array(path, shapes, what):
-    """Open a .npy file of floats in one of `shapes` (None = any length); ValueError says got and expected."""
+    """Open a .npy file of numbers of one of `shapes` (None = any length); ValueError says got, expected."""
     return check_shape(open_array(path), shapes, what)
 
 

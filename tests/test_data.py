@@ -121,13 +121,13 @@ def chosen(items, seed=0, **options):
 
 def test_percentages_nest_take_their_share_of_each_family_and_follow_the_seed():
     items = many(FlatVel_A=200, Style_B=50, CurveFault_A=1)
-    some = [chosen(items, percent=(p,)) for p in (1, 10, 30, 99.9, 100)]
+    some = [chosen(items, percent=(str(p),)) for p in (1, 10, 30, 99.9, 100)]
     assert all(less < more for less, more in zip(some[:-1], some[1:-1], strict=False)) and some[3] <= some[4]
     assert [sum(k == f for k, _ in some[2]) for f in range(3)] == [60, 15, 1]
     assert some[4] == chosen(items) and len(some[4]) == 251
     assert chosen(items, percent=("10",)) == some[1] != chosen(items, percent=("10",), seed=1)
     # what is taken of a family depends on no other family
-    alone = {i for _, i in chosen(many(Style_B=50), percent=(30,))}
+    alone = {i for _, i in chosen(many(Style_B=50), percent=("30",))}
     assert alone == {i for k, i in some[2] if k == 1}
     assert {k for k, _ in chosen(items, percent=("0", "Style_B:100"))} == {1}
 

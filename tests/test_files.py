@@ -1,5 +1,5 @@
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +59,145 @@ def test_files_come_in_natural_order_and_may_hold_any_number_of_samples(tmp_path
     ]
 
 
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, capsys):
+    write_pair(tmp_path, "FlatVel_A", n=1)
+    write_pair(tmp_path, "Style_B", n=1)
+    listed = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("Style_B"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(ValueError, match=r"Style_B: folder cannot be read \(Permission denied\)"):
+        find_pairs([tmp_path])
+    assert [pair.family for pair in find_pairs([tmp_path], skip_bad=True)] == ["FlatVel_A"]
+    assert "left out" in (out := capsys.readouterr().out) and "folder cannot be read" in out
+
+
+def test_names_are_read_without_regard_to_case_and_unknown_ones_are_counted(tmp_path, capsys):
+    seis, vel = write_pair(tmp_path, "FlatVel_A", n=1)
+    os.rename(seis, seis.with_name("DATA1.NPY"))
+    os.rename(vel.parent, vel.parent.with_name("Model"))
+    assert [pair.vel.parent.name for pair in find_pairs([tmp_path])] == ["Model"]
+    assert not capsys.readouterr().out
+    for name in ("data1 (1).npy", "data1.0.npy", "b.NPY", ".hidden.npy", "._data1.npy"):
+        shutil.copy(seis.with_name("DATA1.NPY"), seis.with_name(name))
+    assert len(find_pairs([tmp_path])) == 1
+    assert capsys.readouterr().out == (
+        f"left out: 3 .npy files are not named as data, first: {seis.with_name('b.NPY')}\n"
+    )
+
+
+def test_hidden_folders_are_left_alone(tmp_path):
+    write_pair(tmp_path, "FlatVel_A", n=1)
+    write_pair(tmp_path / ".Trash", "FlatVel_A", n=1, seed=1)
+    assert len(find_pairs([tmp_path])) == 1
+    assert len(find_pairs([tmp_path / ".Trash"])) == 1  # unless it is asked for
+
+
+def test_a_copy_of_other_precision_is_dropped_and_a_namesake_of_other_maps_kept(tmp_path, capsys):
+    for folder, seed, dtype in (("a", 0, np.float32), ("b", 0, np.float16), ("c", 1, np.float32)):
+        write_pair(tmp_path / folder, "FlatVel_A", n=2, seed=seed, dtype=dtype)
+    pairs = find_pairs([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    assert [pair.seis.relative_to(tmp_path).parts[0] for pair in pairs] == ["a", "c"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"left out: 1 file is a copy by its velocities, first: {tmp_path / 'b'}")
+
+
+def test_maps_without_a_channel_and_whole_numbers_are_read_as_they_mean(tmp_path):
+    seis, vel = write_pair(tmp_path, "FlatVel_A", n=2)
+    gathers, maps = np.load(seis), np.load(vel)
+    np.save(vel, maps[:, 0].astype(np.int16))
+    np.save(seis, np.rint(10 * gathers).astype(np.int16))
+    (pair,) = check_values(find_pairs([tmp_path]))
+    for index in (0, 1):
+        got_seis, got_vel = read_sample(pair, index)
+        assert got_seis.dtype == got_vel.dtype == np.float32
+        assert np.array_equal(got_vel, maps[index]) and np.array_equal(got_seis, np.rint(10 * gathers[index]))
+    assert np.array_equal(np.array(pair.maps), maps)
+
+
 # ---------------------------------------------------------------- bad files
+
+
+HEADERS = {  # what may be wrong with a .npy header: its text, and how it is said
+    "empty": ("", "not a .npy file"),
+    "no dictionary": ("[1, 2]", "not a .npy file"),
+    "unclosed": ("{'descr': '<f4', 'fortran_order': False, 'shape': (1,", "not a .npy file"),
+    "deep": ("(" * 5000, "not a .npy file"),
+    "missing key": ("{'descr': '<f4', 'shape': (1, 1, 70, 70)}", "not a .npy file"),
+    "no dtype": ("{'descr': 'hello', 'fortran_order': False, 'shape': (1,)}", "not a .npy file"),
+    "negative shape": ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 70)}", "damaged"),
+    "huge shape": ("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 30 + ", 70)}", "truncated"),
+    "odd shape": ("{'descr': '<f4', 'fortran_order': False, 'shape': 'abc'}", "not a .npy file"),
+    "fields": ("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,)}", "expected float16"),
+    "escapes": ("{'descr': '\\x1b[2J', 'fortran_order': False, 'shape': (1,)}", "not a .npy file"),
+    "zero bytes": ("\0" * 100, "not a .npy file"),
+}
+
+
+def npy_bytes(text, version=(1, 0)):
+    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + length + text.encode("latin1")
+
+
+def one_line_or_header(path):
+    """The header, or the message of the only error that may be: a ValueError of one printable line."""
+    try:
+        return read_header(path)
+    except ValueError as error:
+        assert type(error) is ValueError and str(path) in str(error) and str(error).isprintable(), error
+        return str(error)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_unreadable_header_is_one_line(tmp_path, name, version):
+    text, message = HEADERS[name]
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy_bytes(text + "\n", version))
+    assert message in one_line_or_header(path)
+
+
+def test_versions_two_and_three_are_read(tmp_path):
+    text = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)}\n"
+    for version in ((1, 0), (2, 0), (3, 0)):
+        (tmp_path / "x.npy").write_bytes(npy_bytes(text, version) + np.arange(6, dtype="<f4").tobytes())
+        assert np.array_equal(np.array(read_header(tmp_path / "x.npy")), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_any_bit_flipped_and_any_noise_in_a_header_is_one_line_or_success(tmp_path):
+    path, rng = tmp_path / "x.npy", np.random.default_rng(0)
+    np.save(path, np.ones((2, 5), np.float32))
+    good, results = path.read_bytes(), []
+    spoilt = [(bit // 8, 1 << bit % 8) for bit in range(1024)]
+    for position, mask in spoilt:
+        path.write_bytes(good[:position] + bytes([good[position] ^ mask]) + good[position + 1 :])
+        results.append(one_line_or_header(path))
+    for _ in range(300):
+        noise = bytearray(good)
+        for position in rng.integers(0, len(noise), rng.integers(1, 20)):
+            noise[position] = rng.integers(256)
+        path.write_bytes(noise[: rng.integers(1, len(noise) + 1)])
+        results.append(one_line_or_header(path))
+    n_bad = sum(isinstance(result, str) for result in results)
+    assert 500 < n_bad < len(results)  # blanks that turn into other blanks do no harm
+
+
+def test_skipping_bad_files_survives_any_damage(tmp_path, capsys):
+    seis, _ = write_pair(tmp_path, "FlatVel_A", n=1)
+    write_pair(tmp_path, "Style_B", n=1)
+    good, rng = seis.read_bytes(), np.random.default_rng(1)
+    for _ in range(40):
+        spoilt = bytearray(good)
+        for position in rng.integers(0, 128, 3):
+            spoilt[position] ^= 1 << rng.integers(8)
+        seis.write_bytes(spoilt)
+        left = check_values(find_pairs([tmp_path], skip_bad=True), skip_bad=True)
+        assert "Style_B" in [pair.family for pair in left]
+        assert len(capsys.readouterr().out.splitlines()) + len(left) == 2
 
 
 def resave(path, change):
@@ -97,7 +235,20 @@ BAD = {  # name: (what is done to a good pair, which file is named, what must be
     ),
     "swapped": (swapped, 0, "seismic and velocity are swapped"),
     "no samples": (lambda s, v: (resave(s, lambda a: a[:0]), resave(v, lambda a: a[:0])), 0, "shape (0, 5"),
-    "integers": (lambda s, v: resave(v, lambda a: a.astype(np.int32)), 1, "int32, expected float16"),
+    "long integers": (lambda s, v: resave(v, lambda a: a.astype(np.int64)), 1, "int64, expected float16"),
+    "complex": (lambda s, v: resave(s, lambda a: a.astype("c8")), 0, "complex64, expected float16"),
+    "scaled integers": (
+        lambda s, v: resave(s, lambda a: (a * 5000).astype(np.int16)),
+        0,
+        "scaled by an unknown factor",
+    ),
+    "pipe": (lambda s, v: (s.unlink(), os.mkfifo(s)), 0, "expected a regular file"),
+    "device": (lambda s, v: (s.unlink(), s.symlink_to("/dev/zero")), 0, "expected a regular file"),
+    "two velocity files": (
+        lambda s, v: (v.rename(v.with_name("MODEL1.npy")), v.with_name("model1.NPY").write_bytes(b"")),
+        0,
+        "several files fit",
+    ),
     "big-endian": (
         lambda s, v: resave(s, lambda a: a.astype(">f4")),
         0,
@@ -336,8 +487,7 @@ def test_a_damaged_cache_is_made_again(tree, text):
     pairs, _ = scan([root])
     cache = Index(root).cache
     if text == "damaged":
-        entries = json.loads(cache.read_text())
-        text = json.dumps({path: [[2, 5, 1000, 70], "<f2", *entry[2:]] for path, entry in entries.items()})
+        text = cache.read_text().replace("<f2", "<i2")  # another dtype of equal size
     cache.write_bytes(text.encode("utf-8", "surrogatepass"))
     assert scan([root])[0] == pairs and len(reads) == 12
     assert scan([root])[0] == pairs and len(reads) == 12
