@@ -16,24 +16,20 @@ import time
 import torch
 
 from cfg import network_config, parse
-from data import load_items, mean_map
-from model import build_model, check_model
-from openfwi.files import find_pairs
+from data import mean_map
+from model import build_model
 from openfwi.modes import preprocess
 from report.figures import prediction_figure
 from report.scores import Score, score_table
-from synthetic.dataset import write_dataset
-from training.augment import is_on
 from training.guards import BadSteps, Stop
-from training.loader import make_loaders
-from training.log import Log
-from training.loss import parse_family_weights
+from training.launch import check_config, launch
+from training.loader import make_loaders, prepare_data
+from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
 from training.runs import check_reload, open_run, save_last
 from training.trainer import Trainer
 from utils import (
     FAMILIES,
-    check_writable,
     load_checkpoint,
     processes,
     run_program,
@@ -44,129 +40,24 @@ from utils import (
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
 
-# ---------------------------------------------------------------- validation
 
-
-@torch.no_grad()
-def validate(network, loader, process, reference, autocast, mode="full"):
-    """Score `network`, fed in its input mode, and the constant map `reference` per sample, over all ranks.
-
-    Returns (score, reference's score, figure rows: the first sample of each family on this rank).
-    """
-    network.eval()
-    score, mean_score, rows = Score(), Score(), {}
-    for seis, vel, family, _ in loader:
-        with autocast():
-            prediction = network(preprocess(seis.to(process.device).float(), mode)).cpu()
-        score.add(prediction, vel, family)
-        mean_score.add(reference.expand_as(vel), vel, family)
-        for i, index in enumerate(family.tolist()):
-            if index not in rows and len(rows) < N_FIGURE_ROWS:
-                rows[index] = (FAMILIES[index], seis[i].numpy(), vel[i, 0].numpy(), prediction[i, 0].numpy())
-    return score.gather(process).result(), mean_score.gather(process).result(), list(rows.values())
-
-
-def finish_epoch(trainer, log, val_loader, reference):
-    """Validate the averaged weights, print the table, write metrics, figure and checkpoints."""
-    process, folder = trainer.process, log.folder
-    score, mean_score, rows = validate(
-        trainer.ema.module, val_loader, process, reference, trainer.autocast, trainer.cfg.mode
-    )
-    mae = score["all"][0]
-    is_best = mae < trainer.best_mae
-    trainer.validated, trainer.since_best = trainer.step, 0 if is_best else trainer.since_best + 1
-    trainer.best_mae = min(mae, trainer.best_mae)
-    if not process.is_main:
-        return
-    print(f"validation after step {trainer.step}\n{score_table(score, mean_score)}", flush=True)
-    record = {
-        "step": trainer.step,
-        "val_mae": mae,
-        "best_mae": trainer.best_mae,
-        "mean_map_mae": mean_score["all"][0],
-        "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
-    }
-    with write_atomic(folder / "metrics.json", "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-    prediction_figure(folder / "validation.png", rows)
-    log.record(record)
-    log.figure(folder / "validation.png")
-    if is_best:
-        best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
-        save_checkpoint(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae})
-    save_last(trainer, folder)
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def fit(trainer, log, loaders, items, reference, profiler):
-    """Train to the end, to early stopping, or to a signal; returns the signal's number or 0."""
-    cfg, (train_loader, val_loader) = trainer.cfg, loaders
-    bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(trainer.process)
-    try:
-        while True:
-            epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
-            if within == 0 and epoch and trainer.validated != trainer.step:
-                if epoch % cfg.val_every == 0 or epoch == cfg.epochs:
-                    finish_epoch(trainer, log, val_loader, reference)
-            if cfg.patience and trainer.since_best >= cfg.patience:
-                if trainer.process.is_main:
-                    print(f"stopped early: no better validation for {trainer.since_best} in a row")
-                return 0
-            if trainer.step >= trainer.n_steps:
-                return 0
-            train_epoch(trainer, train_loader, log, bad_steps, stop, profiler)
-            if stop.signal:
-                save_last(trainer, log.folder)
-                return stop.signal
-    finally:
-        stop.restore()
-
-
-def prepare_data(cfg, process):
-    """Training and validation items; first makes the synthetic data set if the configuration asks for one."""
-    if cfg.synth_per_family:
-        if process.is_main:
-            families = cfg.families or FAMILIES
-            write_dataset(
-                cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, "float16", device=cfg.device
-            )
-        process.barrier()
-    train_items, val_items = load_items(cfg)
-    if cfg.overfit:
-        train_items = val_items = train_items[: cfg.overfit]
+def main(argv):
+    """Train, on as many GPUs as there are; raise ValueError for a configuration that cannot work."""
+    cfg = parse(argv)
+    if cfg.ckpt:
+        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
+    check_config(cfg)
+    launch(cfg, __file__, argv)
+    if cfg.gpus == "0":
+        cfg = dataclasses.replace(cfg, device="cpu")
     if cfg.smoke:
-        n_global = cfg.batch_size * cfg.accumulate * process.world
-        train_items, val_items = train_items[: 3 * n_global], val_items[:n_global]
-    if (cfg.online or is_on(cfg)) and any(pair.mode != "full" for pair in train_items.pairs):
-        raise ValueError(
-            "augmentation and online simulation need whole gathers, data_root holds a packed copy of "
-            f"--mode={cfg.mode}; give the original files, or switch them off"
-        )
-    return train_items, val_items
-
-
-def make_profiler(cfg, process, folder):
-    """With `profile`, a profiler that writes four steps as a Chrome trace into the run folder."""
-    if not (cfg.profile and process.is_main):
-        return contextlib.nullcontext()
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / "trace.json")),
-    )
-
-
-def describe(cfg, trainer, n_train, n_val):
-    """The line that says what is about to be trained."""
-    process, n_parameters = trainer.process, sum(p.numel() for p in trainer.network.parameters())
-    name = cfg.backbone if cfg.arch == "unet" else cfg.arch
-    return (
-        f"{name}: {n_parameters / 1e6:.1f} M parameters | {n_train} training, {n_val} validation samples | "
-        f"{cfg.batch_size} a process × {process.world} processes × {cfg.accumulate} accumulated = "
-        f"{trainer.global_batch} samples a step | "
-        f"{process.device}, {trainer.precision} | {trainer.n_steps} steps"
-    ) + (f" | {cfg.online:.0%} simulated online" if cfg.online else "")
+        cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
+    if cfg.overfit:
+        cfg = dataclasses.replace(cfg, flip_p=0.0, batch_size=min(cfg.batch_size, cfg.overfit))
+    if cfg.dry_run and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(dataclasses.asdict(cfg), indent=1))
+    with processes(cfg) as process:
+        train(cfg, process)
 
 
 def train(cfg, process):
@@ -212,52 +103,28 @@ def train(cfg, process):
     return folder, trainer.best_mae
 
 
-def check_config(cfg):
-    """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
-    if cfg.eval_only and not cfg.ckpt:
-        raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
-    check_model(cfg)
-    parse_family_weights(cfg.family_weights)
-    check_writable(cfg.run_root)
-
-
-def launch(cfg, argv):
-    """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
-
-    Raises ValueError when more processes are asked for than there are cards.
-    """
-    if "RANK" in os.environ:
-        return
-    n_cards = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
-    n = n_cards if cfg.gpus == "auto" else int(cfg.gpus)
-    if n > n_cards:
-        raise ValueError(
-            f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
-        )
-    if n > 1:
-        if not cfg.synth_per_family:  # one line now rather than one from every process
-            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, *argv]
-        os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on
-
-
-def main(argv):
-    """Train, on as many GPUs as there are; raise ValueError for a configuration that cannot work."""
-    cfg = parse(argv)
-    if cfg.ckpt:
-        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
-    check_config(cfg)
-    launch(cfg, argv)
-    if cfg.gpus == "0":
-        cfg = dataclasses.replace(cfg, device="cpu")
-    if cfg.smoke:
-        cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
-    if cfg.overfit:
-        cfg = dataclasses.replace(cfg, flip_p=0.0, batch_size=min(cfg.batch_size, cfg.overfit))
-    if cfg.dry_run and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(dataclasses.asdict(cfg), indent=1))
-    with processes(cfg) as process:
-        train(cfg, process)
+def fit(trainer, log, loaders, items, reference, profiler):
+    """Train to the end, to early stopping, or to a signal; returns the signal's number or 0."""
+    cfg, (train_loader, val_loader) = trainer.cfg, loaders
+    bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(trainer.process)
+    try:
+        while True:
+            epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
+            if within == 0 and epoch and trainer.validated != trainer.step:
+                if epoch % cfg.val_every == 0 or epoch == cfg.epochs:
+                    finish_epoch(trainer, log, val_loader, reference)
+            if cfg.patience and trainer.since_best >= cfg.patience:
+                if trainer.process.is_main:
+                    print(f"stopped early: no better validation for {trainer.since_best} in a row")
+                return 0
+            if trainer.step >= trainer.n_steps:
+                return 0
+            train_epoch(trainer, train_loader, log, bad_steps, stop, profiler)
+            if stop.signal:
+                save_last(trainer, log.folder)
+                return stop.signal
+    finally:
+        stop.restore()
 
 
 def steps_of(trainer, loader):
@@ -283,7 +150,7 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
     cfg = trainer.cfg
     for batches, indices, data_s in steps_of(trainer, loader):
         torch.manual_seed(trainer.step_seed() + trainer.process.rank)  # drop path
-        losses, mae, norm = trainer.train_step(batches)
+        losses, mae, norm = train_step(trainer, batches)
         bad_steps.add(norm, losses, batches, indices)
         log.add(mae, norm, data_s)
         if profiler is not None:
@@ -299,14 +166,85 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
         count_skipped(trainer, loader, log)
 
 
-def count_skipped(trainer, loader, log):
-    """Print and log how many reads of bad samples all ranks have replaced so far."""
-    process = trainer.process
-    mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
-    n = int(process.sum(mine).item())
-    if process.is_main and n:
-        print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
-        log.record({"step": trainer.step, "skipped_samples": n})
+def train_step(trainer, batches):
+    """One update from `accumulate` batches.
+
+    Returns each sample's loss (B,), the mean absolute error in m/s and the gradient norm before clipping, all
+    on the device. A gradient that is not finite leaves the weights as they are, on every rank.
+    """
+    trainer.forward.train()
+    statistics = trainer.batch_statistics()
+    losses, errors = [], []
+    for m, (seis, vel, family) in enumerate(batches):
+        is_last = m == len(batches) - 1  # only then do the ranks share their gradients
+        with contextlib.nullcontext() if is_last else trainer.no_sync():
+            loss, error = trainer.losses(trainer.forward, seis, vel, family)
+            mean = loss.mean() / len(batches)
+            # a loss that is not finite must make the shared gradient so: then all ranks skip the step
+            mean = mean * torch.where(mean.isfinite(), 1.0, math.nan)
+            trainer.scaler.scale(mean).backward()
+        losses.append(loss.detach())
+        errors.append(error)
+    trainer.scaler.unscale_(trainer.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), trainer.cfg.clip_norm or math.inf)
+    trainer.scaler.step(trainer.optimizer)  # skipped where a gradient is not finite
+    trainer.scaler.update(None if trainer.dtype is torch.float16 else 1.0)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.share_statistics(statistics, keep=norm.isfinite())
+    trainer.step += 1
+    trainer.ema.update(trainer.network, step=trainer.step)
+    trainer.schedule.set(trainer.step)
+    return torch.cat(losses), torch.cat(errors).mean(), norm
+
+
+def finish_epoch(trainer, log, val_loader, reference):
+    """Validate the averaged weights, print the table, write metrics, figure and checkpoints."""
+    process, folder = trainer.process, log.folder
+    score, mean_score, rows = validate(
+        trainer.ema.module, val_loader, process, reference, trainer.autocast, trainer.cfg.mode
+    )
+    mae = score["all"][0]
+    is_best = mae < trainer.best_mae
+    trainer.validated, trainer.since_best = trainer.step, 0 if is_best else trainer.since_best + 1
+    trainer.best_mae = min(mae, trainer.best_mae)
+    if not process.is_main:
+        return
+    print(f"validation after step {trainer.step}\n{score_table(score, mean_score)}", flush=True)
+    record = {
+        "step": trainer.step,
+        "val_mae": mae,
+        "best_mae": trainer.best_mae,
+        "mean_map_mae": mean_score["all"][0],
+        "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
+    }
+    with write_atomic(folder / "metrics.json", "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+    prediction_figure(folder / "validation.png", rows)
+    log.record(record)
+    log.figure(folder / "validation.png")
+    if is_best:
+        best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
+        save_checkpoint(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae})
+    save_last(trainer, folder)
+
+
+@torch.no_grad()
+def validate(network, loader, process, reference, autocast, mode="full"):
+    """Score `network`, fed in its input mode, and the constant map `reference` per sample, over all ranks.
+
+    Returns (score, reference's score, figure rows: the first sample of each family on this rank).
+    """
+    network.eval()
+    score, mean_score, rows = Score(), Score(), {}
+    for seis, vel, family, _ in loader:
+        with autocast():
+            prediction = network(preprocess(seis.to(process.device).float(), mode)).cpu()
+        score.add(prediction, vel, family)
+        mean_score.add(reference.expand_as(vel), vel, family)
+        for i, index in enumerate(family.tolist()):
+            if index not in rows and len(rows) < N_FIGURE_ROWS:
+                rows[index] = (FAMILIES[index], seis[i].numpy(), vel[i, 0].numpy(), prediction[i, 0].numpy())
+    return score.gather(process).result(), mean_score.gather(process).result(), list(rows.values())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from openfwi import npy
-from utils import run_program
+from utils import Process, run_program
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -27,6 +28,8 @@ SMALL += [
     "--device=cpu",
     "--threads=1",
 ]
+CPU = Process(torch.device("cpu"))
+NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}  # as in SMALL
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -66,6 +69,35 @@ def write_pair(folder, family, number=1, n=4, seed=0, dtype=np.float32):
     np.save(seis, rng.normal(size=(n, 5, 1000, 70)).astype(dtype))
     np.save(vel, rng.integers(1500, 4501, (n, 1, 70, 70)).astype(dtype))
     return seis, vel
+
+
+def random_batch(n=2, family=0):
+    """Random gathers and velocity maps of one family, as `train_step` takes them."""
+    generator = torch.Generator().manual_seed(0)
+    seis = torch.randn(n, 5, 1000, 70, generator=generator)
+    vel = 1500 + 3000 * torch.rand(n, 1, 70, 70, generator=generator)
+    return seis, vel, torch.full((n,), family)
+
+
+@pytest.fixture(scope="session")
+def two_families(tmp_path_factory):
+    """A folder with a file pair of six random samples of each of two families."""
+    root = tmp_path_factory.mktemp("two_families")
+    for family in ("FlatVel_A", "Style_B"):
+        write_pair(root, family, n=6)
+    return root
+
+
+@pytest.fixture
+def train_here(two_families, tmp_path):
+    """Train for two epochs of four steps in this process; returns the newest run folder named "small"."""
+
+    def run(*args):
+        words = [f"--data_root={two_families}", f"--run_root={tmp_path}", *SMALL, "--batch_size=2"]
+        train.main([*words, "--epochs=2", "--name=small", *args])
+        return max(tmp_path.glob("*-small"), default=None)
+
+    return run
 
 
 def run_cli(program, *args, timeout=300):

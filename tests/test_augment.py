@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cfg import Config
+from train import train_step
 from training import augment as module
 from training.augment import KINDS, N_DRAWS, augment, draw, is_on, resample
 from training.trainer import Trainer
@@ -225,7 +226,7 @@ def test_a_step_in_reduced_precision_stays_finite_on_augmented_extremes(precisio
         0, extremes()[name].expand(2, -1, -1, -1).half(), gathers(2)[1], torch.zeros(2, dtype=torch.long)
     )
     for _ in range(12):  # float16 finds its loss scale by leaving out steps
-        losses, mae, norm = trainer.train_step([batch])
+        losses, mae, norm = train_step(trainer, [batch])
         assert losses.isfinite().all() and mae.isfinite()
         if norm.isfinite():
             break

@@ -13,7 +13,8 @@ from data import Items, family_numbers, flip_batch, load_items, mean_map, split_
 from openfwi import files
 from openfwi.files import find_pairs
 from openfwi.modes import preprocess
-from training.loader import MAX_REPLACEMENTS, PairDataset, Recycled, TrainBatches, draws_of, make_loaders
+from training.loader import MAX_REPLACEMENTS, PairDataset, Recycled, make_loaders
+from training.sampler import TrainBatches, draws_of
 from utils import FAMILIES, Process, mirror_survey
 
 CPU = Process(torch.device("cpu"))
@@ -329,14 +330,14 @@ def test_a_file_cut_off_during_training_stops_it_or_is_skipped_and_counted(
 ):
     for number in (1, 2):
         seis, _ = write_pair(tmp_path, "FlatVel_A", number, n=6)
-    step = train.Trainer.train_step
+    step = train.train_step
 
-    def cut(self, batches):
-        if self.step == 1:
+    def cut(trainer, batches):
+        if trainer.step == 1:
             os.truncate(seis, 200)
-        return step(self, batches)
+        return step(trainer, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", cut)
+    monkeypatch.setattr(train, "train_step", cut)
     words = [
         f"--data_root={tmp_path}",
         f"--run_root={tmp_path / 'runs'}",

@@ -16,7 +16,6 @@ from conftest import ROOT, SMALL, write_pair
 
 import train
 from training import loader
-from training.trainer import Trainer
 from utils import load_checkpoint
 
 N_KILLS = int(os.environ.get("N_KILLS", 3))  # EXPERIMENTS.md has 20
@@ -219,14 +218,14 @@ def test_a_nan_sample_costs_its_steps_only_and_is_named(tmp_path, run, monkeypat
 
 
 def test_nan_in_the_weights_stops_with_the_layer_named_and_keeps_the_checkpoint(tmp_path, run, monkeypatch):
-    step = Trainer.train_step
+    step = train.train_step
 
-    def spoil(self, batches):
-        if self.step == 7:
-            self.network.get_parameter("decoder.blocks.0.conv1.conv.weight").data[0, 0, 0, 0] = np.nan
-        return step(self, batches)
+    def spoil(trainer, batches):
+        if trainer.step == 7:
+            trainer.network.get_parameter("decoder.blocks.0.conv1.conv.weight").data[0, 0, 0, 0] = np.nan
+        return step(trainer, batches)
 
-    monkeypatch.setattr(Trainer, "train_step", spoil)
+    monkeypatch.setattr(train, "train_step", spoil)
     with pytest.raises(
         ArithmeticError, match=r"3 steps in a row.*weight: decoder.blocks.0.conv1.conv.weight"
     ):
@@ -236,27 +235,27 @@ def test_nan_in_the_weights_stops_with_the_layer_named_and_keeps_the_checkpoint(
 
 
 def test_a_nan_gradient_skips_one_step_and_lasting_ones_are_traced(tmp_path, run, monkeypatch):
-    step = Trainer.train_step
+    step = train.train_step
 
     def spoil(first, last_step):
-        def spoilt(self, batches):
-            name, p = list(self.network.named_parameters())[-1]
-            if first <= self.step <= last_step and not p._backward_hooks:
+        def spoilt(trainer, batches):
+            name, p = list(trainer.network.named_parameters())[-1]
+            if first <= trainer.step <= last_step and not p._backward_hooks:
                 p.register_hook(lambda grad: grad * np.nan)
-            elif self.step > last_step and p._backward_hooks:
+            elif trainer.step > last_step and p._backward_hooks:
                 p._backward_hooks.clear()
-            before = [p.detach().clone() for p in self.network.parameters()]
-            result = step(self, batches)
-            same = all(torch.equal(a, b) for a, b in zip(before, self.network.parameters(), strict=True))
-            assert same == (first <= self.step - 1 <= last_step)
+            before = [p.detach().clone() for p in trainer.network.parameters()]
+            result = step(trainer, batches)
+            same = all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
+            assert same == (first <= trainer.step - 1 <= last_step)
             return result
 
         return spoilt
 
-    monkeypatch.setattr(Trainer, "train_step", spoil(5, 5))
+    monkeypatch.setattr(train, "train_step", spoil(5, 5))
     lines = run()
     assert [line["step"] for line in lines] == [6] and finite(last(tmp_path))
-    monkeypatch.setattr(Trainer, "train_step", spoil(2, 99))
+    monkeypatch.setattr(train, "train_step", spoil(2, 99))
     with pytest.raises(ArithmeticError, match="first non-finite gradient: "):
         run("--max_bad_steps=4", "--name=traced")
 

@@ -7,14 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, write_pair
+from conftest import CPU, NETWORK, ROOT, SMALL, random_batch, write_pair
 
 import train
 from cfg import Config
+from train import train_step
 from training.trainer import Trainer
-from utils import Process, load_checkpoint, pick_precision
+from utils import load_checkpoint, pick_precision, seed_all
 
-CPU = Process(torch.device("cpu"))
+MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +72,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(files, finished,
     class Stopped(Exception):
         pass
 
-    step = Trainer.train_step
+    step = train.train_step
 
-    def stop_at_seven(self, *batch):
-        if self.step == 6:
+    def stop_at_seven(trainer, batches):
+        if trainer.step == 6:
             raise Stopped
-        return step(self, *batch)
+        return step(trainer, batches)
 
     args = ("--epochs=2", "--batch_size=2", "--save_every=3")
-    monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
+    monkeypatch.setattr(train, "train_step", stop_at_seven)
     with pytest.raises(Stopped):
         run(files, tmp_path, *args)
     assert (
         load_checkpoint(tmp_path / "001-full" / "last.pt")["progress"]["step"] == 6
     )  # in the middle of epoch 1
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     folder = run(files, tmp_path, *args, "--resume=auto")
     assert folder.name == "001-full"
     whole, resumed = load_checkpoint(finished / "last.pt"), load_checkpoint(folder / "last.pt")
@@ -137,7 +138,7 @@ def test_two_ranks_train_like_one_of_twice_the_batch_over_20_steps(files, tmp_pa
         assert state["progress"]["step"] == 20
         runs[name] = state["model"]
     cfg = Config(**state["cfg"])
-    train.seed_all(cfg.seed)
+    seed_all(cfg.seed)
     start = Trainer(cfg, CPU, 1).network.state_dict()
     flat = {name: torch.cat([(w[k] - start[k]).flatten() for k in start]) for name, w in runs.items()}
     moved = flat["one"].norm()
@@ -150,7 +151,7 @@ def test_two_ranks_train_like_one_of_twice_the_batch_over_20_steps(files, tmp_pa
 def test_every_parameter_moves_and_the_average_follows(finished):
     state = load_checkpoint(finished / "last.pt")
     cfg = Config(**state["cfg"])
-    train.seed_all(cfg.seed)
+    seed_all(cfg.seed)
     start = Trainer(cfg, CPU, 4).network.state_dict()
     # a fresh ConvNeXt's deepest norms get gradients below float32's resolution: its layer scale is 1e-6
     assert all(not torch.equal(start[k], v) for k, v in state["model"].items() if v.ndim > 1)
@@ -172,9 +173,7 @@ def test_one_switch_chooses_the_precision():
     cfg = Config(arch="seisnext", head="perfect", width=16, precision="bfloat16", lr=1e-3)
     trainer = Trainer(cfg, CPU, 2)
     before = [p.clone() for p in trainer.network.parameters()]
-    loss, _, _ = trainer.train_step(
-        [(torch.randn(2, 5, 1000, 70), torch.full((2, 1, 70, 70), 2500.0), torch.zeros(2, dtype=torch.long))]
-    )
+    loss, _, _ = train_step(trainer, [random_batch()])
     assert loss.dtype == torch.float32 and trainer.scaler.get_scale() == 1
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
 
@@ -226,3 +225,58 @@ def test_the_figure_shows_one_row_a_family(files):
     assert score == {"FlatVel_A": (100.0, 1), "CurveVel_B": (300.0, 2), "all": (pytest.approx(700 / 3), 3)}
     assert mean_score["all"] == (pytest.approx(800 / 3), 3)
     assert [row[0] for row in rows] == ["FlatVel_A", "CurveVel_B"] and np.all(rows[1][3] == 2100)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=MUON)])
+def test_gradients_are_clipped_as_torch_clips_them(optimizer):
+    """Under a loss scale too; an epsilon and a clip that make the size of a gradient tell."""
+
+    def trainer(clip_norm):
+        torch.manual_seed(0)
+        made = Trainer(Config(optimizer=optimizer, warmup_steps=0, clip_norm=clip_norm, **NETWORK), CPU, 4)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        parts = made.optimizer.parts.values() if optimizer == "muon" else [made.optimizer]
+        for group in (group for part in parts for group in part.param_groups):
+            group["eps"] = 1e-6
+        return made
+
+    def weights(made):
+        return torch.cat([p.detach().flatten() for p in made.network.parameters()])
+
+    ours, theirs, free = trainer(1e-4), trainer(1e-4), trainer(0.0)
+    norm = train_step(ours, [random_batch()])[2].item()
+    train_step(free, [random_batch()])
+    theirs.losses(theirs.network.train(), *random_batch())[0].mean().backward()
+    expected = torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), 1e-4).item()
+    assert norm == pytest.approx(expected, rel=1e-4)
+    theirs.optimizer.step()
+    assert (weights(ours) - weights(theirs)).abs().max() < 1e-6 < (weights(ours) - weights(free)).abs().max()
+
+
+def test_early_stopping_counts_validations_without_a_better_one(train_here, capsys):
+    folder = train_here(
+        "--patience=1", "--lr=1e-12", "--min_lr=0", "--epochs=9", "--flip_p=0", "--decoder_norm=none"
+    )
+    assert "stopped early" in capsys.readouterr().out
+    assert load_checkpoint(folder / "last.pt")["progress"]["step"] < 9 * 4
+
+
+def test_smoke_goes_through_everything_in_three_steps(train_here, capsys):
+    folder = train_here("--smoke")
+    assert "smoke: trained, validated, saved, reloaded and predicted" in capsys.readouterr().out
+    assert load_checkpoint(folder / "last.pt")["progress"]["step"] == 3
+
+
+def test_overfit_trains_and_validates_on_the_same_few(train_here):
+    folder = train_here("--overfit=2", "--epochs=30", "--lr=3e-3", "--val_every=30", "--ema_decay=0.5")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert metrics["val_mae"] < 0.95 * first["mae"]
+
+
+def test_deterministic_is_switched_on(train_here):
+    try:
+        train_here("--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -13,8 +13,15 @@ from conftest import ROOT
 
 from report.figures import prediction_figure
 from report.scores import Score, score_table
-from training.runs import new_run_folder, run_folders
-from utils import check_family, load_checkpoint, pick_device, save_checkpoint, write_atomic
+from utils import (
+    check_family,
+    load_checkpoint,
+    pick_device,
+    pick_precision,
+    run_program,
+    save_checkpoint,
+    write_atomic,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -153,13 +160,6 @@ def test_a_bare_state_dict_is_a_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "missing.pt")
 
 
-def test_run_folders_are_numbered_through_all_names(tmp_path):
-    names = [new_run_folder(tmp_path / "runs", name).name for name in ("a", "b", "a")]
-    assert names == ["001-a", "002-b", "003-a"]
-    assert [p.name for p in run_folders(tmp_path / "runs", "a")] == ["001-a", "003-a"]
-    assert run_folders(tmp_path / "none", "a") == []
-
-
 def test_score_is_the_mean_over_samples_whatever_the_batches():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.rand(7, 1, 70, 70, generator=rng) * 3000 + 1500 for _ in range(2))
@@ -206,3 +206,28 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     prediction_figure(tmp_path / "f.png", [])
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_precisions_a_device_lacks_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--precision=tf32 is CUDA's"):
+        pick_precision("tf32", torch.device("cpu"))
+
+    def lacks(*args, **kwargs):
+        raise RuntimeError("not implemented for Half")
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lacks)
+    with pytest.raises(ValueError, match="--precision=float16 does not work on cpu here"):
+        pick_precision("float16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ValueError, match="only emulates it; use float16"):
+        pick_precision("bfloat16", torch.device("cuda"))
+
+
+def test_errors_are_one_line_and_developers_get_the_traceback(monkeypatch, capsys):
+    def fail(argv):
+        raise ArithmeticError("a\nb")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail)
+    assert stop.value.code == 2 and capsys.readouterr().err == "train.py: error: a b\n"

@@ -1,4 +1,4 @@
-"""Samples drawn for each step, read by threads ahead of it, and handed to the device."""
+"""Training and validation samples: made or found, read ahead by threads, handed to the device."""
 
 import functools
 import math
@@ -10,80 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from data import Items, family_numbers
+from data import Items, load_items
 from openfwi.files import read_into
 from openfwi.modes import MODE_SHAPES
 from openfwi.npy import MAP_SHAPE
+from synthetic.dataset import write_dataset
+from training.augment import is_on
+from training.sampler import TrainBatches
 from utils import FAMILIES
 
-# the competition's test set, in per cent: these, and the rest shared by the families that are not named here
-TEST_MIX = {"FlatVel_A": 9.05, "FlatVel_B": 9.05, "Style_A": 8.6, "Style_B": 9.6}
 MAX_REPLACEMENTS = 100  # tries to find a readable sample in place of a bad one
-
-
-# ---------------------------------------------------------------- what comes when
-
-
-class TrainBatches(Sampler):
-    """This rank's batches of one epoch, `accumulate` a step, from step `start` on.
-
-    The order depends on seed and epoch only: the samples of a step are the same
-    however they are shared among ranks and accumulated batches. What does not
-    fill a last step is dropped. `sample_weights` needs the samples' `families`.
-    """
-
-    def __init__(self, n, cfg, process, families=None):
-        self.n, self.cfg, self.process, self.families = n, cfg, process, families
-        self.draws = draws_of(families, cfg.sample_weights) if cfg.sample_weights else {}
-        self.n_steps = n // (cfg.batch_size * cfg.accumulate * process.world)
-        self.epoch = self.start = 0
-
-    def __len__(self):
-        return (self.n_steps - self.start) * self.cfg.accumulate
-
-    def __iter__(self):
-        order, size = self.order(), self.cfg.batch_size
-        for batch in range(self.start * self.cfg.accumulate, self.n_steps * self.cfg.accumulate):
-            first = (batch * self.process.world + self.process.rank) * size
-            yield order[first : first + size].tolist()
-
-    def order(self):
-        """The epoch's n samples in order, all ranks'. With weights a family gives more or fewer than it has:
-        the first of a new shuffle each epoch, or all of them and then some again."""
-        rng = np.random.default_rng((self.cfg.seed, self.epoch))
-        if not self.draws:
-            return rng.permutation(self.n)
-        drawn = []
-        for f, n_drawn in self.draws.items():
-            mine = np.flatnonzero(self.families == f)
-            rounds = [rng.permutation(mine) for _ in range(-(-n_drawn // len(mine)))]
-            drawn += [np.concatenate(rounds)[:n_drawn]] if rounds else []
-        return rng.permutation(np.concatenate(drawn))
-
-
-def draws_of(families, words):
-    """Samples an epoch takes of each family that is there, {index: count}, len(families) in all.
-
-    words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT, 1 where not
-    named. Raises ValueError for other words and where all weights are zero.
-    """
-    there, counts = np.unique(families, return_counts=True)
-    if tuple(words) == ("test_mix",):
-        rest = (100 - sum(TEST_MIX.values())) / (len(FAMILIES) - len(TEST_MIX))
-        shares = np.array([TEST_MIX.get(FAMILIES[f], rest) for f in there])
-    else:
-        weights = family_numbers("sample_weights", words, 1)
-        shares = counts * np.array([weights[FAMILIES[f]] for f in there])
-    if not shares.sum():
-        raise ValueError(
-            f"--sample_weights={','.join(map(str, words))}: no family that is there has a weight"
-        )
-    exact = shares / shares.sum() * len(families)
-    drawn = np.floor(exact).astype(int)
-    drawn[np.argsort(drawn - exact, kind="stable")[: len(families) - drawn.sum()]] += 1  # largest remainders
-    return dict(zip(there.tolist(), drawn.tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- reading
@@ -242,6 +180,32 @@ class Loader:
             for t in batch[:3]:
                 t.record_stream(stream)
         return batch
+
+
+# ---------------------------------------------------------------- both together
+
+
+def prepare_data(cfg, process):
+    """Training and validation items; first makes the synthetic data set if the configuration asks for one."""
+    if cfg.synth_per_family:
+        if process.is_main:
+            families = cfg.families or FAMILIES
+            write_dataset(
+                cfg.data_root[0], families, cfg.synth_per_family, cfg.seed, "float16", device=cfg.device
+            )
+        process.barrier()
+    train_items, val_items = load_items(cfg)
+    if cfg.overfit:
+        train_items = val_items = train_items[: cfg.overfit]
+    if cfg.smoke:
+        n_global = cfg.batch_size * cfg.accumulate * process.world
+        train_items, val_items = train_items[: 3 * n_global], val_items[:n_global]
+    if (cfg.online or is_on(cfg)) and any(pair.mode != "full" for pair in train_items.pairs):
+        raise ValueError(
+            "augmentation and online simulation need whole gathers, data_root holds a packed copy of "
+            f"--mode={cfg.mode}; give the original files, or switch them off"
+        )
+    return train_items, val_items
 
 
 def make_loaders(cfg, process, train_items, val_items):

@@ -1,5 +1,6 @@
 """What training shows and guards: the log, Weights & Biases, non-finite steps, the card's peak."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -157,3 +158,35 @@ def start_wandb(cfg, folder):
         dir=str(folder),
         config=dataclasses.asdict(cfg),
     )
+
+
+def make_profiler(cfg, process, folder):
+    """With `profile`, a profiler that writes four steps as a Chrome trace into the run folder."""
+    if not (cfg.profile and process.is_main):
+        return contextlib.nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / "trace.json")),
+    )
+
+
+def describe(cfg, trainer, n_train, n_val):
+    """The line that says what is about to be trained."""
+    process, n_parameters = trainer.process, sum(p.numel() for p in trainer.network.parameters())
+    name = cfg.backbone if cfg.arch == "unet" else cfg.arch
+    return (
+        f"{name}: {n_parameters / 1e6:.1f} M parameters | {n_train} training, {n_val} validation samples | "
+        f"{cfg.batch_size} a process × {process.world} processes × {cfg.accumulate} accumulated = "
+        f"{trainer.global_batch} samples a step | "
+        f"{process.device}, {trainer.precision} | {trainer.n_steps} steps"
+    ) + (f" | {cfg.online:.0%} simulated online" if cfg.online else "")
+
+
+def count_skipped(trainer, loader, log):
+    """Print and log how many reads of bad samples all ranks have replaced so far."""
+    process = trainer.process
+    mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
+    n = int(process.sum(mine).item())
+    if process.is_main and n:
+        print(f"{n} samples of bad files skipped so far (--skip_bad_files)", flush=True)
+        log.record({"step": trainer.step, "skipped_samples": n})

@@ -28,8 +28,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_div_(gradients, self.grad_scale)
         for view, p in zip(self.views, self.param_groups[0]["params"], strict=True):
             view.grad = None if p.grad is None else _matrix(p.grad, p)
         inner = [group for part in self.parts.values() for group in part.param_groups]

@@ -1,4 +1,4 @@
-"""One training step, the state that a checkpoint holds, and the loop over an epoch."""
+"""The state of a training run, all of it held by checkpoints, and the batches it makes ready."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,6 @@ from training.optim import Schedule, build_optimizer
 from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
 
 PROGRESS = ("step", "validated", "best_mae", "since_best")
-
-
-def flatten(tensors):
-    """All values in one vector; None of no tensors."""
-    return torch.cat([t.flatten() for t in tensors]) if tensors else None
 
 
 class Trainer:
@@ -71,37 +66,14 @@ class Trainer:
             losses = losses + extra_loss(extras, prediction, vel, family)
         return losses, (prediction.detach() - vel).abs().mean((1, 2, 3))
 
-    def train_step(self, batches):
-        """One update from `accumulate` batches: (losses of its samples, MAE, gradient norm), on device."""
-        self.forward.train()
-        statistics = flatten(self.buffers)
-        all_losses, errors = [], []
-        for m, batch in enumerate(batches):
-            with contextlib.nullcontext() if m == len(batches) - 1 else self.no_sync():
-                losses, error = self.losses(self.forward, *batch)
-                loss = losses.mean() / len(batches)
-                # a loss that is not finite must reach the gradient, which all ranks share: all skip alike
-                loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
-                self.scaler.scale(loss).backward()
-            all_losses.append(losses.detach())
-            errors.append(error)
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.scaler.scale(torch.ones_like(loss))
-        # clips: the optimizer divides by it and by the loss scale as it reads the gradients, once for all
-        self.optimizer.grad_scale = (norm / (self.cfg.clip_norm or math.inf)).clamp(min=1)
-        self.scaler.step(self.optimizer)
-        self.share_statistics(statistics, norm.isfinite())
-        self.scaler.update(None if self.dtype is torch.float16 else 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(self.network, step=self.step)
-        self.schedule.set(self.step)
-        return torch.cat(all_losses), torch.cat(errors).mean(), norm
+    def batch_statistics(self):
+        """Batch norm's running statistics, in one vector; None of a network without."""
+        return torch.cat([b.flatten() for b in self.buffers]) if self.buffers else None
 
     def share_statistics(self, before, keep):
-        """Batch norm's statistics: the mean of all ranks', or those `before` where a step is left out."""
+        """Make batch norm's statistics the mean of all ranks', or unless `keep` those `before` the step."""
         if self.buffers:
-            mean = self.process.sum(flatten(self.buffers)) / self.process.world
+            mean = self.process.sum(self.batch_statistics()) / self.process.world
             pieces = torch.where(keep, mean, before).split([b.numel() for b in self.buffers])
             torch._foreach_copy_(
                 self.buffers, [p.view_as(b) for p, b in zip(pieces, self.buffers, strict=True)]

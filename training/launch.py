@@ -1,0 +1,40 @@
+"""Before training starts: options that cannot work together, and one process for each card."""
+
+import os
+import sys
+
+import torch
+
+from model import check_model
+from openfwi.files import find_pairs
+from training.loss import parse_family_weights
+from utils import check_writable
+
+
+def check_config(cfg):
+    """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
+    if cfg.eval_only and not cfg.ckpt:
+        raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
+    check_model(cfg)
+    parse_family_weights(cfg.family_weights)
+    check_writable(cfg.run_root)
+
+
+def launch(cfg, program, argv):
+    """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
+
+    Raises ValueError when more processes are asked for than there are cards.
+    """
+    if "RANK" in os.environ:
+        return
+    n_cards = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    n = n_cards if cfg.gpus == "auto" else int(cfg.gpus)
+    if n > n_cards:
+        raise ValueError(
+            f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
+        )
+    if n > 1:
+        if not cfg.synth_per_family:  # one line now rather than one from every process
+            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", program, *argv]
+        os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on

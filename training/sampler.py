@@ -1,0 +1,70 @@
+"""Which samples each training step takes."""
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from data import family_numbers
+from utils import FAMILIES
+
+# the competition's test set, in per cent: these, and the rest shared by the families that are not named here
+TEST_MIX = {"FlatVel_A": 9.05, "FlatVel_B": 9.05, "Style_A": 8.6, "Style_B": 9.6}
+
+
+class TrainBatches(Sampler):
+    """This rank's batches of one epoch, `accumulate` a step, from step `start` on.
+
+    The order depends on seed and epoch only: the samples of a step are the same
+    however they are shared among ranks and accumulated batches. What does not
+    fill a last step is dropped. `sample_weights` needs the samples' `families`.
+    """
+
+    def __init__(self, n, cfg, process, families=None):
+        self.n, self.cfg, self.process, self.families = n, cfg, process, families
+        self.draws = draws_of(families, cfg.sample_weights) if cfg.sample_weights else {}
+        self.n_steps = n // (cfg.batch_size * cfg.accumulate * process.world)
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return (self.n_steps - self.start) * self.cfg.accumulate
+
+    def __iter__(self):
+        order, size = self.order(), self.cfg.batch_size
+        for batch in range(self.start * self.cfg.accumulate, self.n_steps * self.cfg.accumulate):
+            first = (batch * self.process.world + self.process.rank) * size
+            yield order[first : first + size].tolist()
+
+    def order(self):
+        """The epoch's n samples in order, all ranks'. With weights a family gives more or fewer than it has:
+        the first of a new shuffle each epoch, or all of them and then some again."""
+        rng = np.random.default_rng((self.cfg.seed, self.epoch))
+        if not self.draws:
+            return rng.permutation(self.n)
+        drawn = []
+        for f, n_drawn in self.draws.items():
+            mine = np.flatnonzero(self.families == f)
+            rounds = [rng.permutation(mine) for _ in range(-(-n_drawn // len(mine)))]
+            drawn += [np.concatenate(rounds)[:n_drawn]] if rounds else []
+        return rng.permutation(np.concatenate(drawn))
+
+
+def draws_of(families, words):
+    """Samples an epoch takes of each family that is there, {index: count}, len(families) in all.
+
+    words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT, 1 where not
+    named. Raises ValueError for other words and where all weights are zero.
+    """
+    there, counts = np.unique(families, return_counts=True)
+    if tuple(words) == ("test_mix",):
+        rest = (100 - sum(TEST_MIX.values())) / (len(FAMILIES) - len(TEST_MIX))
+        shares = np.array([TEST_MIX.get(FAMILIES[f], rest) for f in there])
+    else:
+        weights = family_numbers("sample_weights", words, 1)
+        shares = counts * np.array([weights[FAMILIES[f]] for f in there])
+    if not shares.sum():
+        raise ValueError(
+            f"--sample_weights={','.join(map(str, words))}: no family that is there has a weight"
+        )
+    exact = shares / shares.sum() * len(families)
+    drawn = np.floor(exact).astype(int)
+    drawn[np.argsort(drawn - exact, kind="stable")[: len(families) - drawn.sum()]] += 1  # largest remainders
+    return dict(zip(there.tolist(), drawn.tolist(), strict=True))
