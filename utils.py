@@ -11,7 +11,9 @@ import os
 import random
 import re
 import secrets
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,6 +286,28 @@ def _sync_folder(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_use(folder, patience_s=5.0):
+    """Keep `folder`, made where missing, for this process; ValueError tells who else is writing there.
+
+    The lock ends with the process, however it ends. Another's is waited for a little: it may be dying.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience_s
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = " ".join(file.read(200).split()) or "another process"
+                raise ValueError(f"{folder}: in use by {holder}; wait for its end, or give another folder")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def save_checkpoint(path, state, keep_as=None):

@@ -20,6 +20,7 @@ from utils import (
     pick_precision,
     run_program,
     save_checkpoint,
+    sole_use,
     write_atomic,
 )
 
@@ -142,6 +143,28 @@ def test_long_names_can_be_written(tmp_path):
     with write_atomic(path) as file:
         file.write(b"x")
     assert path.read_bytes() == b"x"
+
+
+def test_a_folder_has_one_user_at_a_time_and_a_killed_one_frees_it(tmp_path):
+    script = (
+        "import sys, time, utils\n"
+        "with utils.sole_use(sys.argv[1]):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "run"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"run: in use by process {holder.pid} on .*another folder"):
+            with sole_use(tmp_path / "run", patience_s=0.2):
+                pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with sole_use(tmp_path / "run", patience_s=0.2):
+        pass
 
 
 def test_checkpoints_with_code_in_them_are_refused(tmp_path):
