@@ -4,7 +4,7 @@ import numpy as np
 
 from inversion.gauss_newton import changes
 from inversion.parameters import cells_of, paint
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 
 N_PROPOSALS = 200_000  # of a round
 HOT, COLD = 0.3, 1e-5  # temperatures, times the squared norm at the start of a round

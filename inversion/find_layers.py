@@ -14,7 +14,7 @@ from inversion.anneal import anneal_curves
 from inversion.gauss_newton import gauss_newton, settle
 from inversion.parameters import SPACINGS, Layers, paint
 from inversion.population import CONTRASTS, UNHEARD, depths_beneath, evolve, parents, top_velocity
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 
 FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from inversion.parameters import paint
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import waves
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 
 BATCH = 8  # maps simulated together
 

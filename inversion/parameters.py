@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from synthetic.maps import SPLINE
-from synthetic.soft_fault import FAULT_ENDS, N_CELLS, N_FINE, THROW, slip_soft, undecided
+from synthetic.layers import N_CELLS, SPLINE
+from synthetic.soft_fault import FAULT_ENDS, N_FINE, THROW, slip_soft, undecided
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A

@@ -5,7 +5,7 @@ import numpy as np
 import waves
 from inversion.gauss_newton import gauss_newton
 from inversion.parameters import shade
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 
 UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
 

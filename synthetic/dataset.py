@@ -21,8 +21,8 @@ from tqdm import tqdm
 import waves
 from openfwi.files import VEL_NAME, family_of, find_files
 from openfwi.npy import MAP_SHAPE, check_array
+from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
-from synthetic.soft_fault import N_CELLS
 from synthetic.vary import FileMaps, vary
 from utils import FAMILIES, check_family, pick_device, write_atomic
 

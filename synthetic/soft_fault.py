@@ -1,13 +1,12 @@
-"""Version A's fault, with soft edges and faint seams, as real FlatFault_A maps have it."""
+"""Version A's fault, with soft edges and faint seams, as real FlatFault_A and CurveFault_A maps have it."""
 
 import math
 
 import numpy as np
 import torch
 
+from synthetic.layers import N_CELLS
 from utils import V_MAX, V_MIN
-
-N_CELLS = 70  # cells of 10 m, down and across
 
 N_FINE = 2 * N_CELLS  # faults of version A are made on half cells
 
@@ -125,8 +124,11 @@ def fault_line(start, end):
     return top + across * right, across
 
 
-def _slide(field, v_min, start, end, dz):
-    """A fault's block moved down by dz, and all leaning by six degrees, nothing put back yet: (140, 140)."""
+def _slide(field, in_block, v_min, start, end, dz):
+    """A fault's block, cut out of `in_block` and moved down by dz, in a field; all leaning: (140, 140).
+
+    Nothing is put back yet where the outside came in.
+    """
     _, across = fault_line(start, end)
     x, (bottom, left) = np.arange(N_FINE), border_point(end)
     z, first, last = x[:, None], border_point(start)[1], N_FINE - 1 - left
@@ -135,20 +137,22 @@ def _slide(field, v_min, start, end, dz):
     line = across * z + (bottom - across * last)
     block = (N_FINE - x <= line) & (z > first) | (z >= last)
     # relative to the lowest velocity, the ripples in it are exact
-    moved = _cubic_shift(np.where(block, field, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
+    moved = _cubic_shift(np.where(block, in_block, OUTSIDE) - v_min, dz, -dz * across, OUTSIDE - v_min)
     return _lean(np.where(block, v_min + moved, field))
 
 
-def slip_soft(field, v_min, start, end, dz, flipped=False):
+def slip_soft(field, v_min, start, end, dz, flipped=False, folded=None):
     """The fault itself: its block goes down by dz, whole half cells, along `fault_line(start, end)`.
 
-    As real FlatFault_A maps were made, but for rounding. The block under the line slides along it, moved by a
-    cubic spline together with the OUTSIDE value around it. All leans by six degrees. What is then below the
+    As real maps of version A were made, but for rounding. The block under the line slides along it, moved by
+    a cubic spline together with the OUTSIDE value around it. All leans by six degrees. What is then below the
     lowest velocity stays as it was: ripples of the spline, some of 1e-12 m/s, so mix old and new in every
     other half column near the fault. Then the map is halved and takes a median of 3 x 3 cells. Where it is
-    `flipped` (140, 140), rounding is to decide the other way.
+    `flipped` (140, 140), rounding is to decide the other way. `folded`: two fields to take instead of `field`
+    outside the block and in it; what stays as it was is still `field`.
     """
-    result = _slide(field, v_min, start, end, dz)
+    outside_block, in_block = folded or (field, field)
+    result = _slide(outside_block, in_block, v_min, start, end, dz)
     old = result < v_min - ROUNDING_ERROR
     old ^= flipped & (np.abs(result - v_min) < FAINTEST)
     result = np.where(old, field, result)
@@ -160,7 +164,7 @@ def undecided(field, v_min, start, end, dz):
 
     One for each half cell of a ripple, and one for each RUN half cells of a row where there is none.
     """
-    result = _slide(field, v_min, start, end, dz)
+    result = _slide(field, field, v_min, start, end, dz)
     ripple, masks = np.abs(result - v_min), []
     for z, row in enumerate((ripple < FAINTEST) & (field > v_min)):
         runs = [[x] for x in np.flatnonzero(row & (ripple[z] > 0))]

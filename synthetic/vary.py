@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from synthetic.soft_fault import N_CELLS
+from synthetic.layers import N_CELLS
 from utils import V_MAX, V_MIN
 
 FEW = 16  # distinct velocities of a map of plain layers; the softened edges of faults and styles have more

@@ -16,7 +16,7 @@ import synth
 import waves
 from benchmarks import map_statistics, realism
 from inversion.find_fault import _map_fit, _random_fault
-from synthetic import dataset, maps
+from synthetic import dataset, layers
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
@@ -81,7 +81,7 @@ def test_a_deepens_and_b_does_not():
     assert (np.ptp(synth.make_maps("FlatVel_B", 50, 0), axis=3) == 0).all()
     for version in "AB":
         trend = synth.make_maps(f"Style_{version}", 100, 0).mean((0, 1, 3))
-        assert (np.diff(trend[::10]) > 200).all()  # 30-40 m/s a cell
+        assert (np.diff(trend[::10]) > 100).all()  # 10-40 m/s a cell
 
 
 def test_all_families_together_have_openfwis_mean_and_spread():
@@ -111,7 +111,7 @@ def test_sharp_fault_maps_splice_two_rising_models_along_one_line():
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["FlatFault_B", "CurveFault_B"])
-def test_sharp_fault_maps_have_real_ones_statistics(shared_data, family):
+def test_sharply_faulted_maps_have_real_ones_statistics(shared_data, family):
     real = map_statistics.statistics(realism.real_maps(shared_data / "ten", family))
     made, wrong = (map_statistics.statistics(synth.make_maps(f, 300, 1)) for f in (family, "CurveVel_B"))
     names = ("velocities", "slow share", "thickness 7-7", "vertical edges a row", "interfaces a column")
@@ -124,6 +124,23 @@ def test_sharp_fault_maps_have_real_ones_statistics(shared_data, family):
 
     assert far(made) == 0
     assert far(wrong) >= 4
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", ["Style_A", "Style_B"])
+def test_style_maps_have_real_ones_statistics(shared_data, family):
+    real = map_statistics.statistics(realism.real_maps(shared_data / "ten", family))
+    other = "Style_B" if family == "Style_A" else "Style_A"
+    made, wrong = (map_statistics.statistics(synth.make_maps(f, 200, 1)) for f in (family, other))
+    names = [f"row {z} mean" for z in (5, 20, 35, 50, 60)] + ["deviation", "gradient down 90%"]
+    names += [f"{way}, lag {lag}" for way in ("across", "down") for lag in (1, 2, 4)]
+
+    def off(maps):
+        """The largest difference of means, in deviations between real maps."""
+        return max(abs(maps[n].mean() - real[n].mean()) / real[n].std() for n in names)
+
+    assert off(made) < 1
+    assert off(wrong) > 2
 
 
 # ---------------------------------------------------------------- against real maps
@@ -206,7 +223,7 @@ def test_real_curved_interfaces_lie_on_the_spline(shared_data):
         return np.sqrt(((depths - depths @ q @ q.T) ** 2).mean()) - np.sqrt(62 / 70 / 12)
 
     assert len(depths) > 1000
-    assert abs(residual(maps.SPLINE)) < 0.005
+    assert abs(residual(layers.SPLINE)) < 0.005
     assert residual(np.vander(np.linspace(-1, 1, 70), 8)) > 0.5  # polynomials do not fit
 
 
@@ -338,7 +355,8 @@ def test_fault_files_hold_the_layers_of_their_name(tmp_path, cheap):
     found = {p.name for p in (tmp_path / "FlatFault_B").glob("vel*")}
     assert found == {f"vel{k}_1_{m}.npy" for k in (6, 7, 8) for m in (0, 1)}
     for name in found:
-        assert max(len(np.unique(m)) for m in np.load(tmp_path / "FlatFault_B" / name)) == int(name[3])
+        n = [len(np.unique(m)) for m in np.load(tmp_path / "FlatFault_B" / name)]
+        assert 2 * int(name[3]) - 3 <= max(n) <= 2 * int(name[3])  # of two models; faults hide some
 
 
 def test_files_are_those_numpy_would_write(tmp_path, cheap):

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-N_CELLS = 70  # cells of 10 m, down and across
+from synthetic.layers import N_CELLS, deal_thicknesses, rising_velocities
+
 LAYERS = (6, 7, 8)  # the K of OpenFWI's seis{K}_1_{M}.npy: layers of each of the two models
 THINNEST = 7  # cells, the least thickness of a layer and the most frequent one
 SPLICE = (10, 60)  # columns between which the splice starts and ends
@@ -18,21 +19,6 @@ MOVE = (5, 16)  # cells, by which a faulted block goes up or down, and left or r
 DOWN_SHARE = 0.55  # of the models: the block of their leftmost fault goes down
 SLIDE_SHARE = 0.25  # of the faults move what is there; in the others the block has a fold of its own
 DEPTH, COLUMN = np.mgrid[:N_CELLS, 1 : N_CELLS + 1]  # columns of lines are counted from 1
-
-
-def _thicknesses(rng, n):
-    """Thicknesses of n layers that fill the map: THINNEST each, the rest dealt out in turn, then shuffled."""
-    thickness = np.full(n, THINNEST)
-    for k in range(n - 1):
-        thickness[k] += rng.integers(0, N_CELLS - thickness.sum() + 1)
-    thickness[-1] += N_CELLS - thickness.sum()
-    return rng.permutation(thickness)
-
-
-def _velocities(rng, n):
-    """Velocities that rise with depth, half of the layers (rounded down) slow."""
-    slow = rng.integers(1500, 3001, n // 2)
-    return np.sort(np.append(slow, rng.integers(3000, 4501, n - n // 2)))
 
 
 def _layers(interfaces, periods, amplitude, dx, dz):
@@ -73,7 +59,7 @@ def _fault_lines(rng, side):
 
 def _model(rng, curved, n, side):
     """One layered model with faults that `side`, a mask, shows: layer of every cell (70, 70)."""
-    interfaces = np.cumsum(_thicknesses(rng, n))[:-1]
+    interfaces = np.cumsum(deal_thicknesses(rng, n, THINNEST))[:-1]
     periods = int(rng.choice(PERIODS, p=PERIOD_SHARES)) if curved else 0
     result = _layers(interfaces, periods, rng.integers(*AMPLITUDE), 0, 0)
     sign = 1 if rng.random() < DOWN_SHARE else -1
@@ -90,7 +76,7 @@ def _model(rng, curved, n, side):
     return result
 
 
-def draw_sharp_faults(rng, curved, layers=None):
+def draw_fault_b(rng, curved, layers=None):
     """A map of CurveFault_B if `curved`, else FlatFault_B: (70, 70) float64, whole m/s.
 
     layers: of each of the two models, one of LAYERS; without it one of them is drawn.
@@ -99,5 +85,5 @@ def draw_sharp_faults(rng, curved, layers=None):
     start, end = rng.integers(*SPLICE, 2)
     across = int(np.sign(end - start)) * max(abs(int(end - start)), LEAST_ACROSS)
     right = _right_of(start, start + across)
-    maps = [_velocities(rng, n)[_model(rng, curved, n, side)] for side in (~right, right)]
+    maps = [rising_velocities(rng, n)[_model(rng, curved, n, side)] for side in (~right, right)]
     return np.where(right, *maps[::-1]).astype(np.float64)
