@@ -235,11 +235,10 @@ class Config:
     fit: str = inference(
         "", "file to write: ensemble weights, statistics and helpful steps, fitted to --truth", decides=()
     )
-    use: str = inference("", "such a file, fitted on validation data, to apply")
+    use: str = inference("", "such a file, fitted on validation data, to apply", decides=())
     refine: str = inference(
         "none",
-        "against the observed gather: none, feedback, inversion",
-        choices=("none", "feedback", "inversion"),
+        "against the observed gather: none, or a method of inference/refine.py: feedback, inversion",
     )
     refine_rounds: int = inference(3, "rounds of feedback", most=1000)
     refine_step: float = inference(
@@ -247,7 +246,7 @@ class Config:
     )
     refine_minutes: float = inference(10.0, "inversion: most minutes a gather")
     refine_budget: float = inference(
-        0.0, "inversion: minutes for all gathers, largest expected gain first; 0 = no limit"
+        0.0, "inversion: minutes for all gathers, largest expected gain first; 0 = no limit", decides=()
     )
     refine_iterations: int = inference(
         600, "inversion: steps cell by cell for what the searches leave; 0 = searches only"
@@ -267,7 +266,7 @@ class Config:
         "CurveVel_B", "pseudo: family to file maps under where the network does not classify", decides=()
     )
     save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=())
-    truth: str = inference("", "folder of the true maps, to score against", decides=(PREDICTIONS, MAPS))
+    truth: str = inference("", "folder of the true maps, to score against", decides=())
 
     given = frozenset()  # not a field: the names that stood on the command line
 

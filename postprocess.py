@@ -7,6 +7,8 @@ Everything here works on maps (B, 1, Z, X) in m/s, and knows no gather and no ne
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from report.scores import mae_of
-from utils import V_MAX, V_MIN
+from utils import FAMILIES, V_MAX, V_MIN
 
 # ---------------------------------------------------------------- several maps into one
 
@@ -211,34 +213,49 @@ def _snap_one(vel, width, share):
 
 # ---------------------------------------------------------------- chains
 
-STEPS = {  # name in --post: function; those in LAYERED, FLAT and FITTED need to know more
-    "ensemble_simulation": ensemble_simulation,
-    "adaptive_fusion": fused_candidates,
-    "statistical_correction": statistical_correction,
-    "frequency_filter": frequency_filter,
-    "gaussian": gaussian,
-    "bilateral": bilateral,
-    "flat_rows": flat_rows,
-    "snap": snap,
-    "round": torch.round,
-    "clip": partial(torch.clamp, min=V_MIN, max=V_MAX),
-}
+FLAT = frozenset(("FlatVel_A", "FlatVel_B"))
+LAYERED = frozenset(FAMILIES) - {"Style_A", "Style_B"}
 
-FLAT, LAYERED, FITTED = ("flat_rows",), ("snap",), ("statistical_correction",)
+
+@dataclass(frozen=True)
+class Step:
+    """A post-processing step: (B, 1, Z, X) -> (B, 1, Z, X) m/s; only `change` is required."""
+
+    change: Callable  # (vel), or (vel, statistics) where `is_fitted`
+    families: frozenset = frozenset((*FAMILIES, None))  # whose maps it changes; None = not recognised
+    is_fitted: bool = False  # needs the statistics that --fit writes
+
+
+STEPS = {  # name in --post: the step
+    "ensemble_simulation": Step(ensemble_simulation),
+    "adaptive_fusion": Step(fused_candidates),
+    "statistical_correction": Step(statistical_correction, is_fitted=True),
+    "frequency_filter": Step(frequency_filter),
+    "gaussian": Step(gaussian),
+    "bilateral": Step(bilateral),
+    "flat_rows": Step(flat_rows, FLAT),
+    "snap": Step(snap, LAYERED | {None}),
+    "round": Step(torch.round),
+    "clip": Step(partial(torch.clamp, min=V_MIN, max=V_MAX)),
+}
+FITTED = tuple(name for name, step in STEPS.items() if step.is_fitted)
 
 
 def run_step(name, vel, families, statistics=None):
-    """One step on maps (B, 1, Z, X); families: the recognised one of each map, or None.
+    """One step on maps (B, 1, Z, X); families: the recognised one of each map, or None."""
+    step = STEPS[name]
+    changed = step.change(vel, statistics) if step.is_fitted else step.change(vel)
+    is_meant = torch.tensor([family in step.families for family in families], device=vel.device)
+    return torch.where(is_meant.view(-1, 1, 1, 1), changed, vel)
 
-    `flat_rows` changes maps recognised as Flat only, `snap` all but Style.
-    """
-    if name in FITTED:
-        return STEPS[name](vel, statistics)
-    changed = STEPS[name](vel)
-    if name in FLAT + LAYERED:
-        fits = [("FlatVel" in (f or "")) if name in FLAT else "Style" not in (f or "") for f in families]
-        return torch.where(torch.tensor(fits, device=vel.device).view(-1, 1, 1, 1), changed, vel)
-    return changed
+
+def run_steps(names, vel, families, statistics=None):
+    """Maps after each of several steps [(B, 1, Z, X), …], the last within OpenFWI's range of velocities."""
+    stages = []
+    for name in names:
+        vel = run_step(name, vel, families, statistics)
+        stages.append(vel)
+    return [*stages[:-1], stages[-1].clamp(V_MIN, V_MAX)] if stages else []
 
 
 def check_steps(names, is_fitted=True):

@@ -11,8 +11,10 @@ import os
 import random
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,16 @@ def run_program(main):
     """
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        _say_on_stderr(f"{Path(sys.argv[0]).name}: interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # as by `| head`
+        _drop_output()
+        _say_on_stderr(
+            f"{Path(sys.argv[0]).name}: stopped, for nobody reads its output any more; what is done is kept: "
+            "give the same command again, its output to a file"
+        )
+        sys.exit(128 + SIGPIPE)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise
@@ -77,6 +89,63 @@ def run_program(main):
         reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
         print(f"{where}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # all is done, only the last lines are not read
+        _drop_output()
+
+
+SIGPIPE = 13  # Windows has none
+
+
+def _drop_output():
+    """Send standard output nowhere, for its reader is gone: Python would fail once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_on_stderr(line):
+    """Write a line to standard error, where there is one: its terminal may be closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+class StopSignals:
+    """Within this context the first SIGINT, SIGTERM or SIGHUP is noted, and a second one ends the program.
+
+    A program asks `number`, or calls `check`, at points where all that is done is kept. Signals reach the
+    main thread alone: in another one nothing is changed.
+    """
+
+    def __init__(self, waits_for):
+        """waits_for: what the line says that follows the first signal, as "the current step"."""
+        self.waits_for, self.number, self.before = waits_for, 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+            for number in numbers:  # Windows has no SIGHUP; `nohup` has it ignored
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        # no print: it may have been interrupted in the midst of another one
+        _say_on_stderr(f"{signal.Signals(number).name}: waiting for {self.waits_for}; once more ends at once")
+
+    def check(self):
+        """Exit where a signal has come, saying how to go on."""
+        if self.number:
+            name = signal.Signals(self.number).name
+            _say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
+            sys.exit(128 + self.number)
 
 
 @dataclass
@@ -295,19 +364,25 @@ def sole_use(folder, patience_s=5.0):
     The lock ends with the process, however it ends. Another's is waited for a little: it may be dying.
     """
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience_s
-        while not _lock(file):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                holder = " ".join(file.read(200).split()) or "another process"
-                raise ValueError(f"{folder}: in use by {holder}; wait for its end, or give another folder")
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    deadline = time.monotonic() + patience_s
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            while not _lock(file):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = " ".join(file.read(200).split()) or "another process"
+                    raise ValueError(
+                        f"{folder}: in use by {holder}; wait for its end, or give another folder"
+                    )
+                time.sleep(0.1)
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # its last user ended well and removed it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+            return
 
 
 def save_checkpoint(path, state, keep_as=None):

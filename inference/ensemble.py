@@ -1,16 +1,19 @@
-"""The networks that predict together: loaded from checkpoints of any kind, and their shares."""
+"""The networks that predict together: loaded from checkpoints of any kind, and their weights."""
 
 import copy
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cfg import network_config
+from inference.tta import make_views, predict
 from model import build_model
 from networks.weights import load_weights
 from openfwi.modes import preprocess
+from postprocess import fuse
 from utils import AUTOCAST, FAMILIES, averaged_weights, load_checkpoint, pick_precision
 from waves.misfit import is_flat
 
@@ -25,7 +28,8 @@ class Member:
     """
 
     def __init__(self, cfg, path, device):
-        checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
+        self.path = Path(path)
+        checkpoint, options = load_checkpoint(path), self.path.with_suffix(".json")
         if "cfg" not in checkpoint and options.is_file():
             try:
                 checkpoint["cfg"] = dict(json.loads(options.read_text(encoding="utf-8")))
@@ -66,6 +70,38 @@ class Member:
             return torch.where(is_flat(seis), FLAT, -1)
         with self._autocast():
             return self.network(preprocess(seis, self.mode), extras=True)[1]["family"].argmax(1)
+
+
+def checkpoint_paths(words):
+    """The paths that --ckpt names, divided by commas."""
+    return [Path(word) for word in words.split(",") if word]
+
+
+class Ensemble:
+    """Networks that predict together: each one's views are joined, then the networks' maps by `weights`."""
+
+    def __init__(self, cfg, device, fitted_weights=None):
+        paths = checkpoint_paths(cfg.ckpt)
+        self.views, self.combine = make_views(cfg.tta, cfg.tta_weights), cfg.combine
+        self.weights = shares(cfg.ensemble_weights, fitted_weights, len(paths))
+        self.members = [Member(cfg, path, device) for path in paths]
+
+    def predict(self, seis):
+        """Full gathers (B, 5, 1000, 70) -> (B, 1, 70, 70) m/s."""
+        maps = [predict(member, seis, self.views, member.mode, self.combine) for member in self.members]
+        return fuse(torch.stack(maps), self.weights, self.combine)
+
+    def join(self, predictions, numbers):
+        """The maps of some gathers (B, 1, 70, 70), joined from the results kept of each network."""
+        maps = torch.stack([torch.from_numpy(p["vel"][numbers].astype(np.float32)) for p in predictions])
+        return fuse(maps, self.weights, self.combine)
+
+    def families(self, predictions, numbers=slice(None)):
+        """The families recognised by the first network that tells, a name or None for each gather."""
+        found = predictions[0]["family"][numbers]
+        for p in predictions[1:]:
+            found = np.where(found < 0, p["family"][numbers], found)
+        return [FAMILIES[i] if i >= 0 else None for i in found]
 
 
 def shares(given, fitted, n):

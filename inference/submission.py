@@ -1,4 +1,4 @@
-"""What `infer.py` writes: results kept between runs, and the competition's CSV."""
+"""The competition's CSV, and what may be written into it."""
 
 import numpy as np
 
@@ -14,8 +14,28 @@ HEADER = "oid_ypos," + ",".join(f"x_{x}" for x in range(1, 70, 2)) + "\n"
 _DIGITS = np.array([1000, 100, 10, 1], np.int64)
 
 
+def check_velocities(maps, names, what):
+    """Raise ValueError for the first of maps, an array (B, …), that holds anything but velocities in m/s.
+
+    names: of the gathers they belong to. what: says where they come from, as "best.pt predicts".
+    """
+    maps = maps.reshape(len(maps), -1)
+    bad = ~((maps > 0) & (maps < 9999.99)).all(1)  # NaN is neither
+    if bad.any():
+        i = int(bad.argmax())
+        low, high = maps[i].min(), maps[i].max()
+        raise ValueError(
+            f"{names[i]}: {what} {low:g} to {high:g}, expected velocities in m/s; is the gather in OpenFWI's "
+            "units, about ±50? with 16 bits, try --precision=float32"
+        )
+
+
 def submission_rows(oid, vel):
-    """The 70 CSV rows of one map, as bytes: (70, 70) m/s, odd columns, two decimals."""
+    """The 70 CSV rows of one map, as bytes: (70, 70) m/s, odd columns, two decimals.
+
+    Raises ValueError, naming the id, for what is no velocity.
+    """
+    check_velocities(vel[None], [oid], "its map holds")
     hundredths = np.rint(vel[:, 1::2].astype(np.float64) * 100).astype(np.int64)
     whole, rest = np.divmod(hundredths, 100)
     text = np.full((*whole.shape, 8), ord(","), np.uint8)

@@ -99,9 +99,12 @@ def make_views(names, weights=()):
 
 
 def predict_views(network, seis, views, mode="full"):
-    """Full gathers (B, 5, 1000, 70) -> each view's map, brought back: (K, B, 1, 70, 70) m/s."""
-    maps = [view.back(network(preprocess(view.there(seis), mode)).float()) for view in views]
-    return torch.stack(maps).clamp(V_MIN, V_MAX)
+    """Full gathers (B, 5, 1000, 70) -> each view's map, brought back: (K, B, 1, 70, 70) m/s.
+
+    Within OpenFWI's range, or NaN where the network gives no finite number.
+    """
+    maps = torch.stack([view.back(network(preprocess(view.there(seis), mode)).float()) for view in views])
+    return maps.clamp(V_MIN, V_MAX).masked_fill(maps.isinf(), torch.nan)
 
 
 def predict(network, seis, views, mode="full", combine="mean"):

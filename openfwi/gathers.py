@@ -1,35 +1,68 @@
-"""What `infer.py` reads: gathers, found and checked, and the true maps that belong to them."""
+"""What `infer.py` reads: shot gathers, found, checked and read, and the true maps that belong to them."""
 
 import functools
+import hashlib
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from openfwi.files import ANY_NPY, FULL_CHECK_GB, VEL_NAME, family_in, find_files, velocity_name
+from openfwi.files import (
+    ANY_NPY,
+    FULL_CHECK_GB,
+    MAX_WHOLE_AMPLITUDE,
+    SEIS_NAME,
+    SETTLED_NS,
+    VEL_NAME,
+    family_in,
+    find_files,
+    velocity_name,
+)
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_array, check_finite, open_array
+
+MAX_AMPLITUDE = 1e15  # OpenFWI's are about 50; the square of a larger one leaves float32's range
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Gather:
-    """One gather to predict: `index` in a file of many, None where the file is the gather."""
+    """One gather to predict: `index` in a file of many, None where the file holds this gather alone."""
 
     oid: str
     path: Path
     index: int | None = None
+    stamp: tuple = field(default=(0, 0, 0), compare=False)  # of the file, see `stamp_of`
+
+    def __str__(self):
+        return str(self.path) if self.index is None else f"{self.path}: sample {self.index}"
+
+
+def stamp_of(file, now_ns):
+    """A file's size and times: equal ones mean equal contents. Zeros where the file is too new to be sure."""
+    is_settled = max(file.mtime_ns, file.ctime_ns) < now_ns - SETTLED_NS
+    return (file.n_bytes, file.mtime_ns, file.ctime_ns) if is_settled else (0, 0, 0)
+
+
+def check_id(oid, path):
+    """Raise ValueError unless an id can stand in a CSV as it is."""
+    if not oid.isprintable() or {",", '"'} & set(oid):
+        raise ValueError(
+            f"{str(path)!a}: the id {oid!a} holds a comma, a quote or an unprintable character, "
+            "which a CSV cannot hold; rename the file or folder"
+        )
 
 
 def find_gathers(root):
     """Every gather of a file or folder, in name order; headers checked.
 
-    A file of one gather gives its stem as id, a file of many its path below `root`
-    and the index: FlatVel_A_data_data1_0. Raises ValueError for a missing or empty
-    folder, wrong shapes or dtypes, and ids that collide.
+    A file that holds one gather gives its name as id, a file of many its path below `root` and the index:
+    FlatVel_A_data_data1_0. So does a file of one with an OpenFWI name, without the index. Raises ValueError
+    for a missing or empty folder, wrong shapes or dtypes, ids that collide and ids that no CSV can hold.
     """
-    root = Path(root)
+    root, now_ns = Path(root), time.time_ns()
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
     files = [root] if root.is_file() else find_files(root, ANY_NPY)
@@ -37,16 +70,18 @@ def find_gathers(root):
     for path in files:
         if root.is_dir() and VEL_NAME.fullmatch(path.name):
             continue  # velocity maps beside their gathers
-        array = check_array(path, [GATHER_SHAPE, (None, *GATHER_SHAPE)], "shot gathers")
-        if array.ndim == len(GATHER_SHAPE):
-            found = [Gather(path.stem, path)]
+        file = check_array(path, [GATHER_SHAPE, (None, *GATHER_SHAPE)], "shot gathers")
+        below = (path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts
+        n = 1 if file.ndim == len(GATHER_SHAPE) else len(file)
+        if file.ndim == len(GATHER_SHAPE) or (n == 1 and not SEIS_NAME.fullmatch(path.name)):
+            ids = {path.stem: None}
         else:
-            parts = (path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts
-            found = [Gather("_".join((*parts, str(i))), path, i) for i in range(len(array))]
-        for gather in found:
-            if seen.setdefault(gather.oid, path) != path:
-                raise ValueError(f"{path}: same id {gather.oid} as {seen[gather.oid]}; rename one of the two")
-        gathers.extend(found)
+            ids = {"_".join((*below, str(i)) if n > 1 else below): i for i in range(n)}
+        for oid in ids:
+            check_id(oid, path)
+            if seen.setdefault(oid, path) != path:
+                raise ValueError(f"{path}: same id {oid} as {seen[oid]}; rename one of the two")
+        gathers += [Gather(oid, path, index, stamp_of(file, now_ns)) for oid, index in ids.items()]
     if not gathers:
         raise ValueError(
             f"{root}: no gathers in it; expected .npy files of {GATHER_SHAPE} or (n, 5, 1000, 70)"
@@ -64,17 +99,18 @@ def find_truths(root, gathers):
         raise ValueError(f"{root}: no such folder; give the true maps by --truth=DIR")
     by_name = {}
     for path in find_files(root, ANY_NPY):
-        by_name.setdefault(path.name, []).append(path)
+        by_name.setdefault(path.name.lower(), []).append(path)
 
     @functools.cache
     def truth_of(path, is_single):
         name = path.name if is_single else velocity_name(path.name)
-        found = by_name.get(name, [])
+        found = by_name.get(name.lower(), [])
         if len(found) > 1:
             found = [vel for vel in found if family_in(vel) == family_in(path)]
         if len(found) != 1:
             raise ValueError(f"{root}: {len(found)} true maps {name} for {path}; expected one")
-        shapes = [MAP_SHAPE, MAP_SHAPE[1:]] if is_single else [(None, *MAP_SHAPE)]
+        several = [(None, *MAP_SHAPE), (None, *MAP_SHAPE[1:])]
+        shapes = [MAP_SHAPE, MAP_SHAPE[1:], (1, *MAP_SHAPE)] if is_single else several
         check_finite(check_array(found[0], shapes, "velocity maps"), found[0], "…", "velocity")
         return found[0], family_in(found[0]) or family_in(path)
 
@@ -87,8 +123,11 @@ def find_truths(root, gathers):
     return truths
 
 
-class GatherDataset(Dataset):
-    """Gathers as (number, seis (5, 1000, 70) float32), each read once and checked for NaN."""
+class GatherDataset:
+    """Gathers read in batches, as float32, with a digest of what the file holds of each.
+
+    Raises ValueError, naming file and sample, for NaN, infinity, zeros alone and impossible amplitudes.
+    """
 
     def __init__(self, gathers):
         self.gathers = gathers
@@ -97,11 +136,33 @@ class GatherDataset(Dataset):
         return len(self.gathers)
 
     def __getitem__(self, i):
+        seis, _, _ = self.read_batch([i])
+        return i, seis[0]
+
+    def read_batch(self, numbers, memory=torch.empty):
+        """(seis (B, 5, 1000, 70), digests (B, 16) uint8, numbers (B,)); `memory(n, dtype=…)` holds seis."""
+        shape = (len(numbers), *GATHER_SHAPE)
+        seis = memory(4 * math.prod(shape), dtype=torch.uint8).view(torch.float32).view(shape)
+        digests = [self._read_into(i, row) for i, row in zip(numbers, seis.numpy(), strict=True)]
+        return seis, torch.tensor(digests, dtype=torch.uint8), torch.tensor(numbers)
+
+    def _read_into(self, i, row):
         gather = self.gathers[i]
-        array = open_array(gather.path)
-        seis = np.array(array if gather.index is None else array[gather.index], dtype=np.float32)
-        check_finite(seis, gather.path, gather.index or 0, "seismic")
-        return i, torch.from_numpy(seis)
+        file = open_array(gather.path)
+        values = np.asarray(file) if gather.index is None else file[gather.index]
+        check_finite(values, gather.path, gather.index or 0, "seismic")
+        digest = hashlib.blake2b(values, digest_size=DIGEST_BYTES, person=file.stored.str.encode())
+        with np.errstate(over="ignore"):  # of float64; said below
+            row[:] = values.reshape(GATHER_SHAPE)
+        most = max(row.max(), -row.min())
+        if most > (MAX_AMPLITUDE if file.stored.kind == "f" else MAX_WHOLE_AMPLITUDE):
+            raise ValueError(
+                f"{gather}: amplitudes up to {most:.3g} in {file.stored}, expected OpenFWI's of about 50; "
+                "divide by the factor they were multiplied by, and save them as float32"
+            )
+        if not most:
+            raise ValueError(f"{gather}: all zeros, as of a broken download; copy it again")
+        return list(digest.digest())
 
 
 def check_values(gathers):
@@ -113,6 +174,6 @@ def check_values(gathers):
 
 def read_truth(path, index, family=None):
     """A true map as (1, 70, 70) float32 m/s; arguments as `find_truths` gives them."""
-    array = open_array(path)
-    truth = np.array(array if index is None else array[index], np.float32)
+    file = open_array(path)
+    truth = np.array(file if index is None else file[index], np.float32)
     return torch.from_numpy(truth.reshape(MAP_SHAPE))

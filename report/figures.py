@@ -36,65 +36,48 @@ def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax
     fig.colorbar(image, ax=ax, label=unit)
 
 
-def prediction_figure(path, rows, dx_m=10.0, dt_s=1e-3):
-    """Draw gather, truth, prediction and error (prediction − truth), a row a sample, into `path`.
-
-    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s.
-    """
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, axes = plt.subplots(len(rows), 4, figsize=(13, 2.9 * len(rows)), squeeze=False, layout="constrained")
-    for ax, (title, seis, truth, prediction) in zip(axes, rows, strict=True):
-        gather = np.asarray(seis[len(seis) // 2], np.float32)
-        low, high = np.percentile(gather, (5, 95))
-        width_m = dx_m * gather.shape[1]
-        ax[0].imshow(gather, cmap="gray", vmin=low, vmax=high, aspect="auto",
-                     extent=(0, width_m, dt_s * len(gather), 0))  # fmt: skip
-        ax[0].set(title=f"{title}: centre shot", xlabel="receiver (m)", ylabel="time (s)")
-        draw_map(fig, ax[1], "truth", truth)
-        draw_map(fig, ax[2], "prediction", prediction)
-        if truth is not None:
-            error = prediction - truth
-            title = f"error, MAE {np.abs(error).mean():.0f} m/s"
-            limit = max(float(np.abs(error).max()), 1.0)
-            draw_map(fig, ax[3], title, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        else:
-            ax[3].axis("off")
-    save_figure(fig, path)
-
-
 def draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
+    """One shot (T, R) in grey between two amplitudes, time downwards in s, receivers in m."""
     extent = (0, dx_m * shot.shape[1], dt_s * len(shot), 0)
     ax.imshow(shot, cmap="gray", vmin=limits[0], vmax=limits[1], aspect="auto", extent=extent)
     ax.set(title=title, xlabel="receiver (m)", ylabel="time (s)")
 
 
-def quality_figure(path, rows):
-    """Gather, prediction, truth, error, simulated gather, residual; a row a sample, into `path`.
+def draw_error(fig, ax, prediction, truth):
+    """Prediction − truth on a scale symmetric about zero; an empty panel where there is no truth."""
+    if truth is None:
+        ax.axis("off")
+        return
+    error = prediction - truth
+    limit = max(float(np.abs(error).max()), 1.0)
+    heading = f"error, MAE {np.abs(error).mean():.1f} m/s"
+    draw_map(fig, ax, heading, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
-    rows: (title, seis (S, T, R), prediction (Z, X), truth (Z, X) or None, simulated (S, T, R)); centre shots,
-    all on the observed one's scale.
+
+def prediction_figure(path, rows):
+    """Draw gather, truth, prediction and error, a row a sample, into `path`; centre shots.
+
+    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s, and optionally the gather
+    (S, T, R) simulated from the prediction: then it and the residual are drawn too, on the gather's scale.
     """
     plt = pyplot()
     if plt is None:
         return
-    fig, axes = plt.subplots(len(rows), 6, figsize=(19, 2.9 * len(rows)), squeeze=False, layout="constrained")
-    for ax, (title, seis, prediction, truth, other) in zip(axes, rows, strict=True):
-        shot, simulated = (np.asarray(s[len(s) // 2], np.float32) for s in (seis, other))
+    n_columns = 4 if len(rows[0]) == 4 else 6
+    size = (3.2 * n_columns, 2.9 * len(rows))
+    fig, axes = plt.subplots(len(rows), n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, seis, truth, prediction, *simulated) in zip(axes, rows, strict=True):
+        centre = len(seis) // 2
+        shot = np.asarray(seis[centre], np.float32)
         limits = np.percentile(shot, (5, 95))
-        draw_gather(ax[0], title, shot, limits)
-        draw_map(fig, ax[1], "prediction", prediction)
-        draw_map(fig, ax[2], "truth", truth)
-        if truth is None:
-            ax[3].axis("off")
-        else:
-            error = prediction - truth
-            limit = max(float(np.abs(error).max()), 1.0)
-            heading = f"error, MAE {np.abs(error).mean():.1f} m/s"
-            draw_map(fig, ax[3], heading, error, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        draw_gather(ax[4], "simulated from prediction", simulated, limits)
-        draw_gather(ax[5], "residual", shot - simulated, limits)
+        draw_gather(ax[0], f"{title}: centre shot", shot, limits)
+        draw_map(fig, ax[1], "truth", truth)
+        draw_map(fig, ax[2], "prediction", prediction)
+        draw_error(fig, ax[3], prediction, truth)
+        for other in simulated:
+            other = np.asarray(other[centre], np.float32)
+            draw_gather(ax[4], "simulated from prediction", other, limits)
+            draw_gather(ax[5], "residual", shot - other, limits)
     save_figure(fig, path)
 
 

@@ -1,15 +1,10 @@
-"""What `infer.py` tells of its predictions: tables of errors, misfits and their warnings, figures."""
-
-from pathlib import Path
+"""What `infer.py` tells of its predictions: misfits, warnings, and which ones to look at."""
 
 import numpy as np
 
-from report.figures import calibration_figure, quality_figure, steps_figure
 from report.scores import spearman
 from utils import write_atomic
 from waves.misfit import MISFITS, WARNINGS
-
-# ---------------------------------------------------------------- misfits
 
 
 def write_misfits(path, oids, results, families, errors=None):
@@ -40,38 +35,8 @@ def print_misfits(results, errors):
         print(line)
 
 
-# ---------------------------------------------------------------- figures
-
-
-def draw(path, numbers, run, results, errors, simulate):
-    """`quality_figure` of the gathers `numbers` of a run."""
-    rows = []
-    for i in map(int, numbers):
-        vel = np.array(results["vel"][i])
-        title = f"{run.gathers[i].oid}\nmisfit {results['misfit'][i]:.2%}"
-        truth = run.truth([i])[0, 0].numpy() if errors is not None else None
-        rows.append((title, run.gather(i), vel[0], truth, simulate(vel)))
-    quality_figure(path, rows)
-
-
-def draw_families(folder, run, results, families, errors, simulate):
-    """Best, median and worst prediction of each family: by error where it is known, else by log misfit.
-
-    Of those that were inverted, the steps too.
-    """
-    by = errors if errors is not None else results["log_misfit"]
-    for family in sorted({f or "unknown" for f in families}):
-        mine = [i for i, f in enumerate(families) if (f or "unknown") == family]
-        mine.sort(key=lambda i: by[i])
-        chosen = dict.fromkeys((mine[0], mine[len(mine) // 2], mine[-1]))
-        draw(Path(folder) / f"{family}.png", chosen, run, results, errors, simulate)
-        for i in chosen:
-            if steps := run.steps_of(i):
-                truth = run.truth([i])[0, 0].numpy() if errors is not None else None
-                oid = run.gathers[i].oid
-                steps_figure(Path(folder) / "steps" / f"{oid}.png", f"{family} {oid}", steps, truth)
-    if errors is not None:
-        names = [f or "unknown" for f in families]
-        for name in MISFITS:
-            correlation = spearman(results[name], errors)
-            calibration_figure(Path(folder) / f"{name}.png", results[name], errors, names, correlation)
+def best_median_worst(families, values):
+    """(family, numbers of its samples with the least, the median and the greatest value) of each family."""
+    for family in sorted(set(families)):
+        mine = sorted((i for i, name in enumerate(families) if name == family), key=lambda i: values[i])
+        yield family, list(dict.fromkeys((mine[0], mine[len(mine) // 2], mine[-1])))

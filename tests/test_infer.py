@@ -17,6 +17,7 @@ from cfg import Config, parse
 from infer import infer, main
 from inference.ensemble import Member
 from inference.pseudo import pair_paths
+from inference.refine import inversion_batches
 from inference.results import Results
 from inference.submission import HEADER, submission_rows
 from inference.tta import make_views, predict
@@ -179,7 +180,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, checkpoint, refuses)
             np.zeros((5, 999, 70), np.float32),
             ["(5, 999, 70), expected (5, 1000, 70) or (n, 5, 1000, 70)"],
         ),
-        ("type", np.zeros((5, 1000, 70), np.int16), ["dtype int16"]),
+        ("type", np.ones((5, 1000, 70), np.complex64), ["dtype complex64"]),
+        ("scaled", np.full((5, 1000, 70), 9000, np.int16), ["amplitudes up to 9e+03 in int16", "divide by"]),
+        ("huge", np.full((5, 1000, 70), 3e38, np.float32), ["amplitudes up to 3e+38"]),
+        ("zero", np.zeros((5, 1000, 70), np.float32), ["all zeros"]),
         ("nan", np.full((5, 1000, 70), np.nan, np.float32), ["sample 0", "NaN"]),
     ):
         (tmp_path / name).mkdir()
@@ -436,9 +440,9 @@ def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs,
 def test_only_gathers_that_are_not_searched_are_inverted_together():
     families = ["Style_A", "CurveVel_A", "Style_B", None, "CurveFault_A", "Style_A", "FlatFault_A", "Style_A"]
     numbers = [7, 6, 5, 4, 3, 2, 1, 0]
-    batches = infer_module.inversion_batches(numbers, families, 2)
+    batches = inversion_batches(numbers, families, 2)
     assert batches == [[7, 5], [6], [4, 2], [3], [1], [0]]
-    assert infer_module.inversion_batches(numbers, families, 1) == [[i] for i in numbers]
+    assert inversion_batches(numbers, families, 1) == [[i] for i in numbers]
 
 
 OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
@@ -471,7 +475,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
 
 
 def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(infer_module, "write_submission", stopping)
+    monkeypatch.setattr(infer_module, "write_outputs", stopping)
     with pytest.raises(Stopped):
         run()
     monkeypatch.undo()
@@ -538,13 +542,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(checkpoint, tmp_path, mo
     "words, message",
     [
         (["--post=sharpen"], "--post=sharpen: expected some of"),
+        (["--refine=magic"], "--refine=magic: expected one of none, feedback, inversion"),
         (["--post=auto"], "give its file by --use=FILE"),
         (["--post=statistical_correction"], "needs statistics"),
         (["--fit=f.json"], "--fit needs the true maps"),
         (["--use=none.json"], "none.json"),
         (["--tta=flip"], "--tta=flip: expected some of"),
         (["--ensemble_weights=1,2"], "expected 1, one a checkpoint"),
-        (["--ensemble_weights=-1"], "none below 0"),
+        (["--ensemble_weights=0"], "not all 0"),
         (["--pseudo_family=Flat"], "unknown family 'Flat'"),
     ],
 )

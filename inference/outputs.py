@@ -1,0 +1,171 @@
+"""All that `infer.py` writes when the maps are final: the submission, then what was asked for beside it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inference.pseudo import write_pseudo
+from inference.submission import write_submission
+from openfwi.gathers import GatherDataset
+from report.figures import calibration_figure, prediction_figure, steps_figure
+from report.predictions import best_median_worst, print_misfits, print_warnings, write_misfits
+from report.scores import by_family, error_table, score_table, spearman
+from utils import FAMILIES, write_atomic
+from waves.misfit import MISFITS, simulated
+
+
+def beside(cfg, ending):
+    """A file beside the submission: `<out without .csv>.<ending>`."""
+    return Path(cfg.out).with_suffix(f".{ending}")
+
+
+# ---------------------------------------------------------------- where
+
+
+def output_folders(cfg):
+    """The folders that are written to."""
+    files = [Path(file).parent for file in (cfg.out, cfg.fit) if file]
+    return [*files, *(Path(folder) for folder in (cfg.save_maps, cfg.figures, cfg.pseudo) if folder)]
+
+
+def _output_files(cfg, oids):
+    """(option, path) of all files that may be written, but for new ones in an empty folder."""
+    yield "out", Path(cfg.out)
+    for ending in ("misfit.csv", "trace.jsonl", "worst.png"):
+        yield "out", beside(cfg, ending)
+    if cfg.fit:
+        yield "fit", Path(cfg.fit)
+    for oid in oids if cfg.save_maps else ():
+        yield "save_maps", Path(cfg.save_maps, f"{oid}.npy")
+    for name in (*FAMILIES, "unknown", *MISFITS) if cfg.figures else ():
+        yield "figures", Path(cfg.figures, f"{name}.png")
+
+
+def _identity(path):
+    """What two names of one file share, links of either kind resolved."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def check_outputs(cfg, gathers, truths):
+    """Raise ValueError where an output would lie on an input, or be taken for one the next time."""
+    folders = [Path(root).resolve() for root in (cfg.input, cfg.truth) if root and Path(root).is_dir()]
+    for name in ("save_maps", "pseudo"):
+        place = Path(getattr(cfg, name) or os.devnull).resolve()
+        for folder in folders:
+            if folder in (place, *place.parents):
+                raise ValueError(
+                    f"--{name}={getattr(cfg, name)}: lies in {folder}, which is read: its files would be "
+                    "taken for inputs; give a folder elsewhere"
+                )
+    checkpoints = [Path(word) for word in cfg.ckpt.split(",")]
+    inputs = [*checkpoints, *(path.with_suffix(".json") for path in checkpoints), Path(cfg.use or os.devnull)]
+    inputs += [*(gather.path for gather in gathers), *(path for path, *_ in truths or ())]
+    work = Path(f"{cfg.out}.work").resolve()
+    for path in dict.fromkeys(inputs):
+        if work in path.resolve().parents:
+            raise ValueError(f"{path}: lies in {work}, where results are kept; give another --out")
+    read, written = {_identity(path) for path in dict.fromkeys(inputs) if path.exists()}, {}
+    for option, path in _output_files(cfg, [gather.oid for gather in gathers]):
+        if path.exists() and _identity(path) in read:
+            raise ValueError(f"--{option}: {path} is an input and would be overwritten; give another path")
+        other = written.setdefault(path.resolve(), option)
+        if other != option:
+            raise ValueError(f"--{option} and --{other} both write {path}; give another path")
+
+
+# ---------------------------------------------------------------- what
+
+
+def write_outputs(run, predictions, results):
+    """The submission and all that was asked for beside it; returns the score where truth is given."""
+    cfg, oids = run.cfg, [gather.oid for gather in run.gathers]
+    errors = results["errors"][:, -1] if run.truths else None
+    recognised = run.ensemble.families(predictions)
+    families = [family for *_, family in run.truths] if run.truths else recognised
+    write_submission(run.cfg.out, oids, results["vel"][:, 0])
+    if cfg.save_maps:
+        for oid, vel in zip(oids, results["vel"][:, 0], strict=True):
+            with write_atomic(Path(cfg.save_maps, f"{oid}.npy")) as file:
+                np.save(file, vel)
+    if cfg.refine != "none":
+        write_traces(beside(cfg, "trace.jsonl"), oids, results)
+    if cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo:
+        write_misfits(beside(cfg, "misfit.csv"), oids, results, families, errors)
+        print_warnings(oids, results)
+        print_misfits(results, errors)
+    if cfg.figures:
+        draw_figures(run, results, families, errors)
+    if cfg.flag_worst:
+        worst = np.argsort(-results["log_misfit"], kind="stable")[: cfg.flag_worst].tolist()
+        for i in worst:
+            print(f"do not trust {oids[i]}: log misfit {results['log_misfit'][i]:.3f}")
+        draw(beside(cfg, "worst.png"), worst, run, results)
+    if cfg.pseudo:
+        good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
+        names = [recognised[i] or cfg.pseudo_family for i in good]
+        write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.device)
+        print(f"{len(good)} of {len(oids)} maps, log misfit at most {cfg.pseudo_misfit:g} -> {cfg.pseudo}")
+    print(f"{len(oids)} maps -> {cfg.out}")
+    return print_scores(run, predictions, results, families) if run.truths else {}
+
+
+def write_traces(path, oids, results):
+    """What the refining method told of each gather, a line of JSON each."""
+    notes = {note.pop("number"): note for note in results.notes()}  # the last one of each
+    with write_atomic(path, "w") as file:
+        file.writelines(json.dumps({"oid": oid, **notes[i]}) + "\n" for i, oid in enumerate(oids))
+
+
+def print_scores(run, predictions, results, families):
+    """Tables of errors: of each network's views, after each stage, by family; returns the last one."""
+    if len(run.ensemble.views) > 1 or len(predictions) > 1:
+        for member, p in zip(run.ensemble.members, predictions, strict=True):
+            views = {view.name: p["errors"][:, k] for k, view in enumerate(run.ensemble.views)}
+            print(f"{member.path}:\n{error_table(views, families)}")
+    if len(run.stages) > 1:
+        stages = {name: results["errors"][:, k] for k, name in enumerate(run.stages)}
+        print(error_table(stages, families))
+    score = by_family(results["errors"][:, -1], families)
+    print(score_table(score))
+    return score
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw(path, numbers, run, results):
+    """`prediction_figure` of the gathers `numbers`."""
+    rows = []
+    for i in numbers:
+        vel = np.array(results["vel"][i])
+        title = f"{run.gathers[i].oid}\nmisfit {results['misfit'][i]:.2%}"
+        seis = GatherDataset(run.gathers)[i][1].numpy()
+        other = simulated(torch.from_numpy(vel)[None].to(run.device))[0].cpu().numpy()
+        rows.append((title, seis, true_map(run, i), vel[0], other))
+    prediction_figure(path, rows)
+
+
+def true_map(run, i):
+    """The true map of a gather (70, 70), or None."""
+    return run.truth([i])[0, 0].numpy() if run.truths else None
+
+
+def draw_figures(run, results, families, errors):
+    """Best, median and worst prediction of each family: by error where it is known, else by log misfit.
+
+    Of those that were refined in steps, the steps too; and each misfit beside the error.
+    """
+    folder, names = Path(run.cfg.figures), [family or "unknown" for family in families]
+    for family, chosen in best_median_worst(names, results["log_misfit"] if errors is None else errors):
+        draw(folder / f"{family}.png", chosen, run, results)
+        for i in chosen:
+            if steps := results.steps_of(i):
+                oid = run.gathers[i].oid
+                steps_figure(folder / "steps" / f"{oid}.png", f"{family} {oid}", steps, true_map(run, i))
+    for misfit in MISFITS if errors is not None else ():
+        correlation = spearman(results[misfit], errors)
+        calibration_figure(folder / f"{misfit}.png", results[misfit], errors, names, correlation)
