@@ -32,7 +32,7 @@ from openfwi.files import (
 )
 from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
-from utils import FAMILIES, write_atomic
+from utils import FAMILIES, hold_lock, write_atomic
 
 CHUNK = 20  # samples that are packed at once
 HALF_MAX = 65504.0  # float16's largest number
@@ -123,18 +123,24 @@ def pack(root, out, mode):
     root, out = Path(root), Path(out)
     if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
         raise ValueError(f"{out}: lies in {root}, where its files would be found again; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with hold_lock(out / ".pack.lock", str(out)):
+        _pack(root, out, mode)
+
+
+def _pack(root, out, mode):
+    """As `pack`, while nobody else writes into `out`."""
     pairs = find_pairs([root])
     if packed := next((pair for pair in pairs if pair.mode != "full"), None):
         raise ValueError(f"{packed.seis}: packed already, for {packed.mode}; pack the original files")
     _, manifest = manifest_above(out / MANIFEST)
     if manifest.get("mode", mode) != mode:
         raise ValueError(f"{out}: packed for {manifest['mode']}, asked for {mode}; give another --out")
-    if not manifest and out.is_dir() and any(out.iterdir()):
+    if not manifest and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out}: holds other files; give an empty or new folder by --out")
     jobs = [job for pair in pairs for job in jobs_of(pair, root, mode)]
     left = [job for job in jobs if not is_packed(out, manifest, *job)]
     n_bytes = sum(len(file) * math.prod(shape) * kind.itemsize for _, _, file, shape, kind in left)
-    out.mkdir(parents=True, exist_ok=True)
     if n_bytes > (free := shutil.disk_usage(out).free):
         raise ValueError(f"{out}: {free / 1e9:.1f} GB free, {n_bytes / 1e9:.1f} GB needed; free some space")
     done = manifest.get("files", {})

@@ -20,15 +20,18 @@ from tqdm import tqdm
 
 import waves
 from openfwi.files import VEL_NAME, family_of, find_files
+from openfwi.inspect_data import sha256
 from openfwi.npy import MAP_SHAPE, check_array
 from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_family, pick_device, write_atomic
+from utils import FAMILIES, check_family, hold_lock, pick_device, write_atomic
 
 N_SAMPLES = 1000  # of 1 ms
 
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
+
+CHECKSUMS = "checksums.json"  # in --out: of every finished file
 
 SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500, it disperses
 
@@ -135,11 +138,7 @@ def _claim(out, jobs, todo, options):
     jobs: family -> list of Job; todo: those not finished.
     """
     record = out / "synth.json"
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        known = json.loads(record.read_text()) if record.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{record}: not JSON ({error}); restore it, or choose another --out") from None
+    known = _read_json(record)
     for family, group in jobs.items():
         was = known.get(family)
         taken = [p for j in group for p in (j.seis, j.vel, _part(j.seis)) if p.exists()]
@@ -167,9 +166,10 @@ def _claim(out, jobs, todo, options):
 
 
 def _write_pair(job, dtype, device, bar):
-    """Simulate and write one pair, going on where a stopped run was.
+    """Simulate and write one pair, going on where a stopped run was; returns its files' checksums.
 
-    The seismic file takes its name last, so one that is there has its velocity file.
+    The caller gives the seismic file its name last, so one that is there has its velocity file. Each batch
+    has its own place in the file: where a file system has no locks, two writers write the same bytes.
     """
     job.seis.parent.mkdir(parents=True, exist_ok=True)
     job.vel.parent.mkdir(parents=True, exist_ok=True)
@@ -178,11 +178,15 @@ def _write_pair(job, dtype, device, bar):
     layout = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, layout)
     map_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-    with open(_part(job.seis), "ab") as file:
+    part = _part(job.seis)
+    part.touch()
+    with open(part, "r+b") as file:
         # the last batch is made again: a power cut may have kept its length but not its numbers
-        done = max((file.tell() - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
-        file.truncate(header.tell() + done * map_bytes if done else 0)
-        file.write(b"" if done else header.getvalue())
+        n_bytes = min(os.fstat(file.fileno()).st_size, header.tell() + job.n * map_bytes)
+        done = max((n_bytes - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
+        file.truncate(header.tell() + done * map_bytes)
+        file.write(header.getvalue())
+        file.seek(header.tell() + done * map_bytes)
         bar.update(done)
         bar.initial += done  # the maps/s shown are those of this run
         for start in range(done, job.n, BATCH):
@@ -195,17 +199,53 @@ def _write_pair(job, dtype, device, bar):
             bar.update(len(batch))
     with write_atomic(job.vel) as file:
         np.save(file, vel)
-    os.replace(_part(job.seis), job.seis)
+    n_bytes, expected = part.stat().st_size, header.tell() + job.n * map_bytes
+    if n_bytes != expected:
+        raise ValueError(f"{part}: {n_bytes} bytes, expected {expected}: another program wrote it; delete it")
+    return {job.vel: sha256(job.vel), job.seis: sha256(part)}
+
+
+def _read_json(path):
+    """The JSON object in a file of ours, {} where there is none; raises ValueError for damaged ones."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore it, or choose another --out") from None
+    return found
+
+
+def _check_finished(out, jobs):
+    """Raise ValueError for a finished file whose bytes are not those that were written."""
+    sums = _read_json(out / CHECKSUMS)
+    for path in (path for job in jobs for path in (job.vel, job.seis)):
+        expected = sums.get(path.relative_to(out).as_posix())
+        if expected and sha256(path) != expected:
+            raise ValueError(
+                f"{path}: changed since it was written, by its checksum; delete it and it is made again"
+            )
 
 
 def _write_jobs(out, jobs, options):
-    """Write every file pair that is not there yet; jobs: family -> list of Job."""
-    todo = [j for group in jobs.values() for j in group if not (j.seis.exists() and j.vel.exists())]
-    _claim(out, jobs, todo, options)
-    if todo:
+    """Write every file pair that is not there yet; jobs: family -> list of Job.
+
+    Raises ValueError, naming the holder, where another program writes into `out` now.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with hold_lock(out / ".synth.lock", str(out)):
+        finished = [j for group in jobs.values() for j in group if j.seis.exists() and j.vel.exists()]
+        todo = [j for group in jobs.values() for j in group if j not in finished]
+        _claim(out, jobs, todo, options)
+        _check_finished(out, finished)
+        if not todo:
+            return
         with tqdm(total=sum(j.n for j in todo), unit=" maps", desc="simulating") as bar:
             for job in todo:
-                _write_pair(job, options["dtype"], options["device"], bar)
+                made = _write_pair(job, options["dtype"], options["device"], bar)
+                sums = _read_json(out / CHECKSUMS)
+                sums |= {path.relative_to(out).as_posix(): digest for path, digest in made.items()}
+                with write_atomic(out / CHECKSUMS, "w") as file:
+                    file.write(json.dumps(sums, indent=1))
+                os.replace(_part(job.seis), job.seis)
 
 
 def _checked_sizes(n_per_family, per_file, seed):

@@ -13,6 +13,7 @@ from openfwi import files, inspect_data
 from openfwi.files import find_pairs
 from openfwi.modes import MODE_SHAPES, preprocess
 from training.loader import PairDataset
+from utils import hold_lock
 
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]
 
@@ -130,6 +131,16 @@ def test_packing_again_changes_nothing_and_goes_on_where_it_was_stopped(tmp_path
     write_pair(root, "FlatVel_A", 2, n=2, seed=9)  # another source
     pack(root, stopped)
     assert "6 files, 2 of them written now" in capsys.readouterr().out and contents(stopped) != expected
+
+
+def test_two_that_pack_into_one_folder_are_not_mixed(tmp_path):
+    write_pair(tmp_path / "root", "FlatVel_A", n=1)
+    (tmp_path / "packed").mkdir()
+    with hold_lock(tmp_path / "packed" / ".pack.lock", "x"):
+        with pytest.raises(ValueError, match="packed: in use by process .*; wait until it ends"):
+            pack(tmp_path / "root", tmp_path / "packed")
+    pack(tmp_path / "root", tmp_path / "packed")
+    assert len(find_pairs([tmp_path / "packed"])) == 1
 
 
 def test_a_changed_byte_of_a_packed_copy_is_found(tmp_path, capsys):

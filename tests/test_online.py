@@ -132,6 +132,22 @@ def test_the_caches_name_tells_plans_apart(files, cache, tmp_path):
     assert len(set(keys)) == 6
 
 
+def test_a_cache_outlives_edits_that_change_no_map_and_no_others(files, cache, monkeypatch):
+    plan = make_plan(config(files, cache), items(files))
+    key = plan.key()
+    for name, function in (("make_maps", make_maps), ("vary", vary)):
+        with monkeypatch.context() as patch:
+            # the same function written elsewhere, then one whose result differs
+            patch.setattr(
+                module, name, lambda *args, function=function, **options: function(*args, **options)
+            )
+            assert plan.key() == key
+            patch.setattr(module, name, lambda *args, f=function, **options: f(*args) + 1)
+            assert plan.key() != key
+    monkeypatch.setattr(module, "CHUNKS_VERSION", module.CHUNKS_VERSION + 1)
+    assert plan.key() != key
+
+
 # ---------------------------------------------------------------- which sample goes where
 
 

@@ -1,10 +1,14 @@
 """synth.py: maps against real ones, file layout, resuming, bad input."""
 
+import contextlib
 import json
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -328,7 +332,7 @@ def files(folder):
 
 def test_names_shapes_and_types_are_openfwis(tmp_path, cheap):
     dataset.write_dataset(tmp_path, FAMILIES, 5, seed=1, per_file=3)
-    names = {"synth.json"}
+    names = {"synth.json", "checksums.json"}
     for family in FAMILIES:
         if "Fault" in family:
             kinds = (2, 3, 4) if family.endswith("A") else (6, 7, 8)
@@ -459,6 +463,99 @@ def test_files_of_others_are_never_touched(tmp_path, cheap, name):
     with pytest.raises(ValueError, match=f"{name}: there already, not from synth.py; choose another"):
         dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     assert files(tmp_path) == {f"FlatVel_A/{name}": b"theirs"}
+
+
+def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path, cheap, monkeypatch):
+    told = []
+
+    def write_twice(vel, n_samples):
+        with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*; wait until it ends"):
+            dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+        told.append(1)
+        return stand_in(vel, n_samples)
+
+    monkeypatch.setattr(dataset.waves, "simulate", write_twice)
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    assert told and not [name for name in files(tmp_path) if "lock" in name or "part" in name]
+    monkeypatch.setattr(dataset.waves, "simulate", stand_in)
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the lock is free again
+
+
+def test_two_writers_without_locks_write_the_right_bytes_or_none(tmp_path, cheap, monkeypatch):
+    """On a file system without locks another writer may be at work within each of our batches."""
+    n, alone = 2 * dataset.BATCH + 1, tmp_path / "alone"
+    dataset.write_dataset(alone, ["FlatVel_A"], n, seed=0)
+    monkeypatch.setattr(dataset, "hold_lock", lambda path, what: contextlib.nullcontext())
+    out, part, calls = tmp_path / "out", tmp_path / "out/FlatVel_A/data/data1.npy.part", []
+
+    def disturbed(vel, n_samples):
+        calls.append(1)
+        if len(calls) == 2:  # the other begins, writes a batch more than we, and is stopped
+            content = (alone / "FlatVel_A/data/data1.npy").read_bytes()
+            with open(part, "r+b") as file:
+                file.write(content[: 128 + 2 * dataset.BATCH * 1_400_000])
+        return stand_in(vel, n_samples)
+
+    monkeypatch.setattr(dataset.waves, "simulate", disturbed)
+    dataset.write_dataset(out, ["FlatVel_A"], n, seed=0)
+    assert files(out) == files(alone)
+
+
+@pytest.mark.parametrize("name", ["data/data1.npy", "model/model1.npy"])
+def test_a_finished_file_of_other_bytes_is_said(tmp_path, cheap, name):
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    whole, path = files(tmp_path), tmp_path / "FlatVel_A" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    for spoilt in (bytes(content), bytes(content[:-4])):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=f"{name}: changed since it was written"):
+            dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
+    path.unlink()
+    dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the remedy works
+    assert files(tmp_path) == whole
+
+
+N_KILLS = int(os.environ.get("N_KILLS", 2))
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    """`N_KILLS=12` for more."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, synth
+from synthetic import dataset
+from test_synth import stand_in
+def slow(vel, n_samples):
+    time.sleep(0.1)
+    return stand_in(vel, n_samples)
+dataset.waves.simulate, dataset.BATCH = slow, 1
+print("ready", flush=True)
+synth.main(sys.argv[1:])
+"""
+    )
+    options = ["--families=FlatVel_A,FlatFault_A", "--n_per_family=5", "--per_file=2", "--dtype=float16"]
+
+    def start(out):
+        command = [sys.executable, str(program), f"--out={out}", "--device=cpu", *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        return process
+
+    whole, broken, rng, n_kills = tmp_path / "whole", tmp_path / "broken", random.Random(0), 0
+    assert "complete" in start(whole).communicate()[0]
+    while n_kills < N_KILLS:
+        process = start(broken)
+        time.sleep(rng.uniform(0.05, 1.5))
+        n_kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # it came to its end: compare, and kill another run
+            assert files(broken) == files(whole)
+            shutil.rmtree(broken)
+    assert "complete" in start(broken).communicate()[0]
+    assert files(broken) == files(whole)
 
 
 # ---------------------------------------------------------------- given maps
