@@ -8,7 +8,6 @@ import errno
 import functools
 import json
 import os
-import platform
 import random
 import re
 import secrets
@@ -331,34 +330,6 @@ def _lock(file):
     except (OSError, AttributeError):  # this file system, or Windows, has none
         return True
     return True
-
-
-@contextlib.contextmanager
-def hold_lock(path, what):
-    """Hold the lock file `path` while the block runs; its text says who does. A killed holder's lock is free.
-
-    what: the thing that has one user at a time, for the message. Raises ValueError, naming the holder,
-    where there is one.
-    """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    while True:
-        file = open(path, "r+", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))
-        if not _lock(file):
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"{what}: in use by {holder}; wait until it ends, stop it, or give another path")
-        if os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()  # its holder removed it as we opened it
-    with file:
-        try:
-            file.truncate(0)
-            now = datetime.datetime.now().isoformat(" ", "seconds")
-            file.write(f"process {os.getpid()} on {platform.node()}, {Path(sys.argv[0]).name} since {now}\n")
-            file.flush()
-            yield
-        finally:
-            Path(path).unlink(missing_ok=True)  # still locked, so that nobody takes it for theirs
 
 
 @functools.cache  # once a folder and program: a folder may hold very many files

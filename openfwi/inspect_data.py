@@ -32,7 +32,7 @@ from openfwi.files import (
 )
 from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
-from utils import FAMILIES, hold_lock, write_atomic
+from utils import FAMILIES, sole_use, write_atomic
 
 CHUNK = 20  # samples that are packed at once
 HALF_MAX = 65504.0  # float16's largest number
@@ -124,7 +124,7 @@ def pack(root, out, mode):
     if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
         raise ValueError(f"{out}: lies in {root}, where its files would be found again; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with hold_lock(out / ".pack.lock", str(out)):
+    with sole_use(out):
         _pack(root, out, mode)
 
 

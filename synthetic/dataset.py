@@ -25,7 +25,7 @@ from openfwi.npy import MAP_SHAPE, check_array
 from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_family, hold_lock, pick_device, write_atomic
+from utils import FAMILIES, check_family, pick_device, sole_use, write_atomic
 
 N_SAMPLES = 1000  # of 1 ms
 
@@ -231,7 +231,7 @@ def _write_jobs(out, jobs, options):
     Raises ValueError, naming the holder, where another program writes into `out` now.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with hold_lock(out / ".synth.lock", str(out)):
+    with sole_use(out):
         finished = [j for group in jobs.values() for j in group if j.seis.exists() and j.vel.exists()]
         todo = [j for group in jobs.values() for j in group if j not in finished]
         _claim(out, jobs, todo, options)

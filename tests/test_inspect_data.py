@@ -13,7 +13,7 @@ from openfwi import files, inspect_data
 from openfwi.files import find_pairs
 from openfwi.modes import MODE_SHAPES, preprocess
 from training.loader import PairDataset
-from utils import hold_lock
+from utils import sole_use
 
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]
 
@@ -31,7 +31,11 @@ def pack(root, out, mode="small_72x72"):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 # ---------------------------------------------------------------- table
@@ -136,8 +140,8 @@ def test_packing_again_changes_nothing_and_goes_on_where_it_was_stopped(tmp_path
 def test_two_that_pack_into_one_folder_are_not_mixed(tmp_path):
     write_pair(tmp_path / "root", "FlatVel_A", n=1)
     (tmp_path / "packed").mkdir()
-    with hold_lock(tmp_path / "packed" / ".pack.lock", "x"):
-        with pytest.raises(ValueError, match="packed: in use by process .*; wait until it ends"):
+    with sole_use(tmp_path / "packed"):
+        with pytest.raises(ValueError, match="packed: in use by process .*; wait for its end"):
             pack(tmp_path / "root", tmp_path / "packed")
     pack(tmp_path / "root", tmp_path / "packed")
     assert len(find_pairs([tmp_path / "packed"])) == 1

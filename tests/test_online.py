@@ -25,7 +25,6 @@ from synthetic.maps import make_maps
 from synthetic.vary import vary
 from training import online as module
 from training.online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
-from training.trainer import Trainer
 from utils import FAMILIES, Process, load_checkpoint, mirror_survey
 from waves.equation import simulate
 
@@ -265,17 +264,17 @@ def test_a_run_with_online_simulation_resumes_bit_for_bit(files, tmp_path, monke
     options = ("--noise_p=0.5", "--stretch_p=0.5", "--save_every=2")
     once, again = (f"--online_cache={tmp_path / name}" for name in ("once", "again"))
     whole_run = run(files, tmp_path / "a", once, *options)
-    step = Trainer.train_step
+    step = train.train_step
 
-    def stop_at_three(self, batches):
-        if self.step == 2:
+    def stop_at_three(trainer, batches):
+        if trainer.step == 2:
             raise Stopped
-        return step(self, batches)
+        return step(trainer, batches)
 
-    monkeypatch.setattr(Trainer, "train_step", stop_at_three)
+    monkeypatch.setattr(train, "train_step", stop_at_three)
     with pytest.raises(Stopped):
         run(files, tmp_path / "b", once, *options)
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     resumed = run(files, tmp_path / "b", again, "--resume=auto", *options)  # where all is simulated anew
     assert whole_run["progress"] == resumed["progress"] and whole_run["progress"]["step"] == 4
     for part in ("model", "ema"):
