@@ -22,11 +22,12 @@ from openfwi.modes import preprocess
 from report.figures import prediction_figure
 from report.scores import Score, score_table
 from training.guards import BadSteps, Stop
-from training.launch import check_config, launch
+from training.launch import adapted, check_config, launch
 from training.loader import make_loaders, prepare_data
 from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
-from training.runs import check_reload, open_run, save_last
+from training.resume import check_resumed, describe_samples, find_run, resumed_config
+from training.runs import check_reload, save_last, start_run
 from training.trainer import Trainer
 from utils import (
     FAMILIES,
@@ -35,6 +36,7 @@ from utils import (
     run_program,
     save_checkpoint,
     seed_all,
+    sole_use,
     write_atomic,
 )
 
@@ -43,25 +45,25 @@ N_FIGURE_ROWS = 5  # families in the figure of a validation
 
 def main(argv):
     """Train, on as many GPUs as there are; raise ValueError for a configuration that cannot work."""
-    cfg = parse(argv)
-    if cfg.ckpt:
+    cfg = adapted(parse(argv))
+    folder, state = find_run(cfg)
+    if state:
+        cfg = resumed_config(cfg, folder, state)
+    elif cfg.ckpt:
         cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
     check_config(cfg)
     launch(cfg, __file__, argv)
-    if cfg.gpus == "0":
-        cfg = dataclasses.replace(cfg, device="cpu")
-    if cfg.smoke:
-        cfg = dataclasses.replace(cfg, epochs=1, log_every=1)
-    if cfg.overfit:
-        cfg = dataclasses.replace(cfg, flip_p=0.0, batch_size=min(cfg.batch_size, cfg.overfit))
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
     with processes(cfg) as process:
-        train(cfg, process)
+        train(cfg, process, folder, state)
 
 
-def train(cfg, process):
-    """Train as configured: (run folder or None, best validation MAE in m/s)."""
+def train(cfg, process, folder=None, state=None):
+    """Train as configured, or go on with the run in `folder` from its `state`.
+
+    Returns (run folder, None where nothing was to be trained; best validation MAE in m/s).
+    """
     seed_all(cfg.seed)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -70,7 +72,8 @@ def train(cfg, process):
     train_items, val_items = prepare_data(cfg, process)
     loaders = make_loaders(cfg, process, train_items, val_items)
     reference = mean_map(train_items)
-    trainer = Trainer(cfg, process, loaders[0].batch_sampler.n_steps, network)
+    samples = {"training": describe_samples(train_items), "validation": describe_samples(val_items)}
+    trainer = Trainer(cfg, process, loaders[0].batch_sampler.n_steps, network, samples)
     if process.is_main:
         print(describe(cfg, trainer, len(train_items), len(val_items)), flush=True)
     if cfg.dry_run:
@@ -82,12 +85,15 @@ def train(cfg, process):
         if process.is_main:
             print(f"{score_table(score, mean_score)}\nvalidation MAE {score['all'][0]:.6f} m/s")
         return None, score["all"][0]
-    folder, state = open_run(cfg, process, trainer.global_batch)
     if state:
-        trainer.restore(state)
+        check_resumed(folder, state, trainer)
+        trainer.restore(state, folder)
+    else:
+        folder = start_run(cfg, process)
     steps = range(trainer.step, trainer.n_steps)
     online = Online(cfg, process, train_items, steps) if cfg.online else contextlib.nullcontext()
     with (
+        sole_use(folder) if process.is_main else contextlib.nullcontext(),
         make_profiler(cfg, process, folder) as profiler,
         Log(folder, trainer) as log,
         online as trainer.online,

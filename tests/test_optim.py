@@ -48,9 +48,9 @@ def test_muon_takes_each_parameter_once_and_moves_kernels_like_adamw_moves_them(
 def test_a_run_with_muon_resumes_bit_for_bit(train_here):
     whole = load_checkpoint(train_here("--optimizer=muon", "--save_every=1") / "last.pt")
     trainer = Trainer(Config(**whole["cfg"]), CPU, 4)
-    trainer.restore(whole)
+    trainer.restore(whole, "run")
     again = Trainer(Config(**whole["cfg"]), CPU, 4)
-    again.restore(copy.deepcopy(trainer.state()))
+    again.restore(copy.deepcopy(trainer.state()), "run")
     for each in (trainer, again):
         train_step(each, [random_batch()])
     pairs = zip(trainer.network.parameters(), again.network.parameters(), strict=True)

@@ -1,5 +1,6 @@
 """Before training starts: options that cannot work together, and one process for each card."""
 
+import dataclasses
 import os
 import sys
 
@@ -9,6 +10,18 @@ from model import check_model
 from openfwi.files import find_pairs
 from training.loss import parse_family_weights
 from utils import check_writable
+
+
+def adapted(cfg):
+    """The configuration with what its switches imply."""
+    changes = {"device": "cpu"} if cfg.gpus == "0" else {}
+    if cfg.smoke:
+        changes |= {"epochs": 1, "log_every": 1}
+    if cfg.overfit:
+        changes |= {"flip_p": 0.0, "batch_size": min(cfg.batch_size, cfg.overfit)}
+    changed = dataclasses.replace(cfg, **changes)
+    changed.given = cfg.given
+    return changed
 
 
 def check_config(cfg):

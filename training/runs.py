@@ -1,5 +1,6 @@
-"""Run folders: made, found again, checked and saved into."""
+"""Run folders: made, found again and saved into."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,77 +15,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cfg import TRAINING, fields_that_decide, network_config
+from cfg import network_config
 from model import build_model
 from networks.weights import load_weights
 from openfwi.modes import preprocess
-from utils import averaged_weights, load_checkpoint, read_lines, save_checkpoint
+from utils import averaged_weights, load_checkpoint, save_checkpoint, write_atomic
 
 
-def open_run(cfg, process, global_batch):
-    """The run folder, and the state to go on from, None for a new run; the same on all ranks."""
-    folders = []
-    if cfg.resume:
-        folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
-        folders = [
-            f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
-        ]
-    folder = next((f for f in folders if (f / "last.pt").exists() or (f / "previous.pt").exists()), None)
-    if folder is not None:
-        state = latest_state(folder)
-        check_same_run(cfg, folder, state, global_batch)
-        return folder, state
-    if cfg.resume not in ("", "auto"):
-        raise ValueError(f"{cfg.resume}: no last.pt to resume from; start without --resume")
-    process.barrier()  # nobody looks for folders to resume any more
+def start_run(cfg, process):
+    """Make a new run folder, its options and environment noted in it; returns it on every rank."""
+    process.barrier()  # every rank has looked by now for a run to go on with
     folder = [None]
     if process.is_main:
         folder = [new_run_folder(cfg.run_root, cfg.name)]
-        (folder[0] / "cfg.json").write_text(
-            json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8"
-        )
-        (folder[0] / "env.txt").write_text(environment(process.device), encoding="utf-8")
+        with write_atomic(folder[0] / "cfg.json", "w") as file:
+            file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        with write_atomic(folder[0] / "env.txt", "w") as file:
+            file.write(environment(process.device))
     if process.world > 1:
         dist.broadcast_object_list(folder)
-    return folder[0], None
-
-
-def latest_state(folder):
-    """The newest whole checkpoint of a run folder; raises ValueError where there is none."""
-    failures = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            state = load_checkpoint(path)
-        except ValueError as error:
-            failures.append(str(error))
-            continue
-        if "optimizer" not in state:
-            raise ValueError(
-                f"{path}: holds weights only, expected all of a run; start from it by --ckpt={path}"
-            )
-        if failures:
-            print(f"{failures[0]}; going on from {path}", flush=True)
-        return state
-    raise ValueError("; ".join(failures))
-
-
-def check_same_run(cfg, folder, state, global_batch):
-    """Refuse to go on with a run of another configuration, naming what differs."""
-    saved, asked = state["cfg"], dataclasses.asdict(cfg)
-    differs = [
-        f"{name}: {saved.get(name)} there, {asked[name]} here"
-        for name in fields_that_decide(TRAINING)
-        if saved.get(name) != asked[name]
-    ]
-    if state["global_batch"] != global_batch:
-        differs.append(f"samples a step: {state['global_batch']} there, {global_batch} here")
-    if differs:
-        raise ValueError(
-            f"{folder}: another configuration ({'; '.join(differs)}); resume with the same options"
-        )
+    return folder[0]
 
 
 @torch.no_grad()
@@ -112,10 +62,12 @@ def run_folders(root, name):
 def new_run_folder(root, name):
     """Make runs/<number>-<name>/ with the next free number; raises OSError where that fails."""
     Path(root).mkdir(parents=True, exist_ok=True)
-    taken = [int(m[1]) for p in Path(root).iterdir() if (m := re.match(r"(\d+)-", p.name))]
-    folder = Path(root) / f"{max(taken, default=0) + 1:03d}-{name}"
-    folder.mkdir()
-    return folder
+    while True:
+        taken = [int(m[1]) for p in Path(root).iterdir() if (m := re.match(r"(\d+)-", p.name))]
+        folder = Path(root) / f"{max(taken, default=0) + 1:03d}-{name}"
+        with contextlib.suppress(FileExistsError):  # another run was started at the same moment
+            folder.mkdir()
+            return folder
 
 
 def environment(device):

@@ -24,12 +24,13 @@ PROGRESS = ("step", "validated", "best_mae", "since_best")
 class Trainer:
     """Network, its average, optimizer, schedule and scaler: all that a checkpoint holds."""
 
-    def __init__(self, cfg, process, steps_per_epoch, network=None):
+    def __init__(self, cfg, process, steps_per_epoch, network=None, samples=None):
         self.cfg, self.process = cfg, process
         self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
         self.saved_s = time.monotonic()
         self.steps_per_epoch, self.n_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.global_batch = cfg.batch_size * cfg.accumulate * process.world
+        self.samples = samples or {}  # what tells them from others, see `describe_samples`
         self.precision = pick_precision(cfg.precision, process.device)
         self.dtype = AUTOCAST.get(self.precision)
         self.family_weights = parse_family_weights(cfg.family_weights).to(process.device)
@@ -104,14 +105,22 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "global_batch": self.global_batch,
+            "samples": self.samples,
             "cfg": dataclasses.asdict(self.cfg),
         }
 
-    def restore(self, state):
-        load_weights(self.network, state["model"])
-        load_weights(self.ema.module, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        for name in PROGRESS:
-            setattr(self, name, state["progress"][name])
+    def restore(self, state, name):
+        """Go on from a `state`; raises ValueError, naming the run folder `name`, where it does not fit."""
+        load_weights(self.network, state["model"], f"{name}: model")
+        load_weights(self.ema.module, state["ema"], f"{name}: ema")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # as torch has it
+            raise ValueError(
+                f"{name}: optimizer or scaler of another kind, or damaged ({error}); "
+                f"start from its weights by --ckpt={name}/last.pt"
+            ) from None
+        for key in PROGRESS:
+            setattr(self, key, state["progress"][key])
         self.schedule.set(self.step)

@@ -1,0 +1,176 @@
+"""Going on with a run: which one, whether its checkpoint is sound, its options, the samples it trained on."""
+
+import dataclasses
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from cfg import TRAINING, Config, fields_that_decide
+from training.runs import launch_line, run_folders
+from utils import load_checkpoint, read_lines
+
+STATE = {  # what a checkpoint of a run holds, and its type
+    "model": dict,
+    "ema": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "progress": dict,
+    "global_batch": int,
+    "cfg": dict,
+}
+COUNTS = ("step", "validated", "since_best")  # of the progress, besides "best_mae"
+# Not compared: files are compared by what was indexed, and initial weights have been trained since.
+COMPARED_OTHERWISE = ("data_root", "val_root", "pretrained", "pretrained_file")
+# What belongs to the call, not to the run that it starts or goes on with.
+OF_THIS_CALL = (
+    *("run_root", "device", "gpus", "threads", "workers", "resume", "ckpt"),
+    *("eval_only", "dry_run", "profile", "pretrained", "pretrained_file"),
+)
+
+
+def find_run(cfg):
+    """The run to go on with: (its folder, its state), or (None, None) for a new one.
+
+    Raises ValueError where the run that --resume names cannot go on.
+    """
+    folders = []
+    if cfg.eval_only:
+        return None, None
+    if cfg.resume:
+        folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
+        folders = [
+            f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
+        ]
+    folder = next((f for f in folders if (f / "last.pt").exists() or (f / "previous.pt").exists()), None)
+    if folder is not None:
+        return folder, latest_state(folder)
+    if cfg.resume not in ("", "auto"):
+        raise ValueError(f"{cfg.resume}: no last.pt to resume from; start without --resume")
+    return None, None
+
+
+def latest_state(folder):
+    """The newest sound checkpoint of a run folder; raises ValueError where there is none."""
+    failures = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+            check_state(path, state)
+        except ValueError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            print(f"{failures[0]}; going on from {path}", flush=True)
+        return state
+    raise ValueError("; ".join(failures))
+
+
+def check_state(path, state):
+    """Raise ValueError unless a checkpoint holds all of a run, whole."""
+    if "optimizer" not in state:
+        raise ValueError(f"{path}: holds weights only, expected all of a run; start from it by --ckpt={path}")
+    faults = [
+        f"{name} is a {type(state.get(name)).__name__}, expected {kind.__name__}"
+        for name, kind in STATE.items()
+        if not isinstance(state.get(name), kind)
+    ]
+    if not faults:
+        progress = state["progress"]
+        faults = [f"{n} = {progress.get(n)!r}" for n in COUNTS if not is_count(progress.get(n))]
+        if type(progress.get("best_mae")) is not float or math.isnan(progress["best_mae"]):
+            faults.append(f"best_mae = {progress.get('best_mae')!r}")
+    if faults:
+        raise ValueError(
+            f"{path}: a damaged checkpoint ({', '.join(faults)}); start from its weights by --ckpt={path}"
+        )
+
+
+def is_count(value):
+    return type(value) is int and value >= 0
+
+
+def resumed_config(cfg, folder, state):
+    """`cfg` with the options that a run was started with; those of this call that decide it must agree.
+
+    Raises ValueError, naming what differs, for another configuration.
+    """
+    saved, decisive = state["cfg"], fields_that_decide(TRAINING)
+    differs = [
+        f"{name}: {saved[name]} there, {getattr(cfg, name)} here"
+        for name in decisive
+        if name in cfg.given and name in saved and name not in COMPARED_OTHERWISE
+        and saved[name] != getattr(cfg, name)
+    ]  # fmt: skip
+    if differs:
+        raise ValueError(
+            f"{folder}: another configuration ({'; '.join(differs)}); resume with the same options"
+        )
+    inference = {f.name for f in dataclasses.fields(Config) if f.metadata["section"].name == "inference"}
+    kept = {
+        field.name: saved[field.name]
+        for field in dataclasses.fields(Config)
+        if field.name in saved and field.name not in cfg.given | inference | set(OF_THIS_CALL)
+    }
+    silent = [f"{name}={value}" for name, value in kept.items()
+              if name in decisive and value != getattr(cfg, name)]  # fmt: skip
+    try:
+        resumed = dataclasses.replace(cfg, **kept, pretrained=False, pretrained_file="", ckpt="")
+    except ValueError as error:
+        raise ValueError(f"{folder}: its configuration is damaged or of another version ({error})") from None
+    if silent and os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: going on with its own {' '.join(silent)}", flush=True)
+    resumed.given = cfg.given
+    return resumed
+
+
+def describe_samples(items):
+    """What tells `items` from others, wherever their files lie: {"files", "samples", "digest"}.
+
+    The digest covers, in order, each file's family, name, length and first velocity map, and the rows used.
+    """
+    used, numbers = np.unique(items.rows[:, 0], return_inverse=True)
+    digest = hashlib.sha256()
+    for pair in (items.pairs[k] for k in used):
+        words = (pair.family, pair.seis.name, pair.vel.name, pair.n, pair.mode, pair.gathers.dtype.str)
+        digest.update(repr(words).encode())
+        digest.update(np.asarray(pair.maps[0], np.float32).tobytes())
+    digest.update(np.stack([numbers, items.rows[:, 1]], 1).astype("<i4").tobytes())
+    return {"files": len(used), "samples": len(items), "digest": digest.hexdigest()[:16]}
+
+
+def check_resumed(folder, state, trainer):
+    """Raise ValueError unless a run would go on with the samples and steps that it began with."""
+    remedy = f"bring them back, or start anew from its weights by --ckpt={folder}/last.pt"
+    saved = state.get("samples")  # older versions kept none, but the folders' names
+    for what, mine in trainer.samples.items():
+        if isinstance(saved, dict) and mine != saved.get(what):
+            there = saved.get(what) or {}
+            counts = " and ".join(
+                f"{found.get('samples')} of {found.get('files')} files {where}"
+                for found, where in ((there, "there"), (mine, "here"))
+            )
+            raise ValueError(f"{folder}: other {what} samples than before ({counts}); {remedy}")
+    roots = [n for n in ("data_root", "val_root")
+             if tuple(state["cfg"].get(n, ())) != getattr(trainer.cfg, n)]  # fmt: skip
+    if not isinstance(saved, dict) and roots:
+        raise ValueError(
+            f"{folder}: another --{roots[0]}, and its checkpoint is too old to tell whether the files are "
+            f"the same; give --{roots[0]}={','.join(map(str, state['cfg'].get(roots[0], ())))}"
+        )
+    if state["global_batch"] != trainer.global_batch:
+        raise ValueError(
+            f"{folder}: another configuration (samples a step: {state['global_batch']} there, "
+            f"{trainer.global_batch} here); change --batch_size, --accumulate or the number of processes"
+        )
+    step = state["progress"]["step"]
+    if step > trainer.n_steps:
+        raise ValueError(
+            f"{folder}: its checkpoint is of step {step}, and the run has {trainer.n_steps}; "
+            f"start anew from its weights by --ckpt={folder}/last.pt"
+        )
