@@ -202,7 +202,10 @@ def processes(cfg):
 
 def keep_memory():
     """Keep freed memory for the next step; glibc gives large blocks back, and each page costs a fault."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    except (OSError, TypeError):  # Windows has no library of the process itself
+        return
     if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 

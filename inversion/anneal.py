@@ -16,8 +16,8 @@ class _Quadratic:
     """‖r + Σ s_i rows_i‖² over moves s of depths, for each s at its best velocities."""
 
     def __init__(self, rows, residual, n_moves):
-        gram = (rows @ rows.T).double().cpu().numpy()
-        slope = (rows @ residual).double().cpu().numpy()
+        gram = (rows @ rows.T).cpu().double().numpy()
+        slope = (rows @ residual).cpu().double().numpy()
         some, rest = slice(n_moves), slice(n_moves, None)
         ridge = 1e-9 * np.diag(gram[rest, rest].diagonal())
         self.by_velocity = np.linalg.solve(gram[rest, rest] + ridge, gram[rest, some])

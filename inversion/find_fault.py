@@ -230,7 +230,7 @@ def _neighbours(observed, theta, model, derivatives, moves):
     residual, rows, masks = derivatives
     n, moved = model.n + 1, [model.clip(theta + move) for move in moves]
     left = observed.residuals([model.sharp(t) for t in moved], 1000)
-    gram, slopes = (rows @ rows.T).double(), (rows @ left.T).double()
+    gram, slopes = (rows @ rows.T).cpu().double(), (rows @ left.T).cpu().double()
     gram.diagonal()[n:] += PRICES[0] * float(residual @ residual)
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())  # a layer that is nowhere has no derivative
     gains = (slopes * torch.linalg.solve(gram, slopes)).sum(0)

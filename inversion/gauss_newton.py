@@ -39,10 +39,10 @@ def gauss_newton(
             break
         changed = observed.residuals([smooth(theta), *(smooth(theta + step) for step in eye)], n_samples)
         jacobian = (changed[1:] - changed[0]) / 0.1
-        hessian = (jacobian @ jacobian.T).double().cpu().numpy() + np.diag(
+        hessian = (jacobian @ jacobian.T).cpu().double().numpy() + np.diag(
             prior * scale**2 + np.zeros(len(theta))
         )
-        gradient = (jacobian @ residual).double().cpu().numpy() + prior * theta * scale
+        gradient = (jacobian @ residual).cpu().double().numpy() + prior * theta * scale
         diagonal = np.diag(hessian)
         trials = []
         for factor in DAMPING:
@@ -133,8 +133,8 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
 
 def least_squares_in_box(rows, target, bounds, price=0.0, n_sweeps=300):
     """argmin ‖target + Σ s_j rows_j‖² / 2 + Σ price_j s_j, s within bounds (2, P), by coordinate descent."""
-    gram = (rows @ rows.T).double().cpu().numpy()
-    slope = (rows @ target).double().cpu().numpy() + price
+    gram = (rows @ rows.T).cpu().double().numpy()
+    slope = (rows @ target).cpu().double().numpy() + price
     diagonal = np.diag(gram) + 1e-7 * np.diag(gram).mean() + 1e-30
     shares = np.zeros(len(gram))
     for _ in range(n_sweeps):

@@ -22,7 +22,7 @@ class Score:
 
     def add(self, prediction, target, family):
         """Add maps (B, 1, Z, X) in m/s; family (B,) indexes FAMILIES, -1 = unknown."""
-        error = (prediction.double().cpu() - target.double().cpu()).abs().mean((1, 2, 3))
+        error = (prediction.cpu().double() - target.cpu().double()).abs().mean((1, 2, 3))
         index = family.cpu().long() % (len(FAMILIES) + 1)
         self.sums.index_add_(0, index, torch.stack([error, torch.ones_like(error)], 1))
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -48,3 +49,15 @@ def test_the_cards_peak_is_known_by_name(monkeypatch):
 def test_training_operations_are_three_forwards():
     network = torch.nn.Conv2d(5, 2, 3)
     assert log.training_flops(network, "small_72x72", "cpu") == 3 * 2 * 70 * 70 * 2 * 5 * 9
+
+
+def test_memory_is_told_in_gb_on_linux_and_macos_and_zero_on_windows(monkeypatch):
+    resource = pytest.importorskip("resource", reason="POSIX alone")
+    monkeypatch.setattr(resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=3_000_000))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert log.peak_memory_gb(cpu) == 3.0  # kB
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert log.peak_memory_gb(cpu) == 0.003  # bytes
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert log.peak_memory_gb(cpu) == 0.0

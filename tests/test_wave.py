@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -470,3 +471,26 @@ def test_too_little_memory_for_a_gradient_is_said_beforehand(monkeypatch):
     simulate(vel, acquisition=SMALL)
     with pytest.raises(MemoryError, match=r"needs \d+\.\d+ GiB, 0.00 GiB free; take [123] maps at a time"):
         simulate(vel.requires_grad_(), acquisition=SMALL)
+
+
+def test_fields_are_made_on_the_device_of_the_map_whatever_it_is():
+    job = types.SimpleNamespace(like=torch.empty(1, device="meta"))  # as Apple's MPS
+    assert engine.Job.empty(job, 2, 3).device.type == "meta"
+    job.like = torch.empty(1)
+    assert engine.Job.empty(job, 2, 3).device.type == "cpu"
+
+
+def test_a_launcher_that_triton_cannot_build_is_an_import_error(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from waves import cuda
+
+    def broken():
+        raise RuntimeError("fatal error: Python.h: No such file or directory\nmore")
+
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=broken))
+    monkeypatch.setattr(cuda.triton.runtime, "driver", driver)
+    with pytest.raises(ImportError, match="launcher cannot be built: fatal error: Python.h"):
+        cuda.check_launcher()
+    with pytest.warns(RuntimeWarning, match="simulating in plain PyTorch"):
+        passes.warn_once.cache_clear()
+        assert engine._kernel("cuda")[0].__name__ == "run_torch"

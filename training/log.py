@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import resource
+import sys
 import time
 import uuid
 
@@ -30,7 +30,12 @@ PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off,
 def peak_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    try:
+        import resource  # POSIX alone
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kB elsewhere
 
 
 def peak_flops(device, precision):

@@ -5,6 +5,9 @@ arithmetic, the fields' layout and the modes are those of cpu.cpp; here wrapped 
 of the grid.
 """
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
 
@@ -122,6 +125,24 @@ def _step(
     tl.store(out + shot * shot_stride + here, result, active)
 
 
+def on_card(tensor):
+    """Triton launches on the current card, which need not be the tensor's: make it so, inside."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def check_launcher():
+    """Build what Triton launches kernels with; raises ImportError, one line, where that fails.
+
+    It needs a C compiler, Python's headers and a driver that is new enough: Triton itself is asked, since it
+    looks for them in places of its own.
+    """
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # a compiler's, the driver's and Triton's own errors have no common class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(f"its launcher cannot be built: {reason}") from None
+
+
 def run(
     job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
 ):
@@ -162,9 +183,10 @@ def run(
         corner = across.start, along.start
         numbers = *survey[0], n, *survey[1], *rows, *corner
         if 0 not in tiles:
-            _step[(*tiles, len(drive))](
-                *fields, past, history_stride, *medium, *numbers, MODE=mode, **constants
-            )
+            with on_card(drive):
+                _step[(*tiles, len(drive))](
+                    *fields, past, history_stride, *medium, *numbers, MODE=mode, **constants
+                )
         p, p_old = p_old, p
         if mode == ADJOINT and (n == begin or (n - 1) // BLOCK != block):
             sponge -= sums.sum(1)

@@ -9,8 +9,6 @@ updates only the cells that energy can have reached and can still return from.
 
 import functools
 import math
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,7 +84,7 @@ class Job:
 
     def empty(self, *shape):
         """Uninitialised, on cache lines."""
-        if self.like.is_cuda:
+        if self.like.device.type != "cpu":
             return self.like.new_empty(shape)
         n = math.prod(shape)
         room = np.empty(n + 16, str(self.like.dtype)[6:])  # NumPy asks for huge pages, PyTorch does not
@@ -296,11 +294,10 @@ def _kernel(device_type):
         try:
             from waves import cuda
 
-            if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
-                raise ImportError("it needs a C compiler")
+            cuda.check_launcher()
             return cuda.run, None
         except ImportError as error:
-            warn_once(f"wave: no Triton here ({error}); simulating in plain PyTorch, far slower")
+            warn_once(f"waves: no Triton here ({error}); simulating in plain PyTorch, far slower")
     elif device_type == "cpu" and compiled() is not None:
         return run_cpp, 1
     return run_torch, None
