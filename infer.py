@@ -1,4 +1,4 @@
-"""Predict velocity maps: `python infer.py --ckpt runs/001-baseline/best.pt --input DIR --out submission.csv`.
+"""Predict velocity maps: `python infer.py --ckpt runs/001-full/best.pt --input DIR --out submission.csv`.
 
 --input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files of (n, 5, 1000, 70), or
 folders of either. Each network predicts all gathers; the predictions are joined, post-processed, refined

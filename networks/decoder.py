@@ -38,7 +38,8 @@ class SCSE(nn.Module):
             nn.Conv2d(width, width // reduction, 1),
             nn.Conv2d(width // reduction, width, 1),
         )
-        self.cSE = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
+        # the public baseline has Tanh here, where the paper has ReLU
+        self.cSE = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.Tanh(), excite, nn.Sigmoid())
         self.sSE = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Sigmoid())
 
     def forward(self, x):

@@ -50,7 +50,7 @@ def test_recipes_name_options_of_today(path):
     found = list(commands(path))
     assert found
     for program, words in found:
-        values = [word.replace("$PRETRAINED", "false") for word in words]
+        values = [word.replace("$WEIGHTS", "--pretrained=false") for word in words]
         if program == "synth.py":
             continue
         cfg = parse(values)

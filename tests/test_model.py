@@ -96,6 +96,21 @@ def test_output_on_a_real_gather_is_the_baselines(shared_data):
         assert np.abs(layer_norm(seis)[0, 0].numpy() - golden["plain"]).max() > 50  # the norm matters
 
 
+@pytest.mark.realdata
+def test_output_of_the_caformer_form_is_the_publics(shared_data):
+    """SCSE's activation has no parameters, so that only numbers tell it from another."""
+    net = fill_by_rule(network(**CAFORMER)).eval()
+    seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))[None].float()
+    golden = np.load(shared_data / "baseline" / "golden_caformer_s18.npz")
+    with torch.no_grad():
+        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() < 0.05
+        assert np.abs(predict_tta(net, seis)[0, 0].numpy() - golden["mirror_tta"]).max() < 0.05
+        for block in net.decoder.modules():
+            if isinstance(block, decoder.SCSE):
+                block.cSE[2] = nn.ReLU()
+        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() > 10
+
+
 # ------------------------------------------------------------------ parts
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from conftest import ROOT
+from conftest import ROOT, run_cli
 
 from cfg import PRESETS, Config
 
@@ -39,3 +39,16 @@ def test_every_file_of_its_tree_exists_and_every_module_is_in_it():
 def test_pictures_it_shows_are_there():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_page_of_options_is_current():
+    done = run_cli("cfg.py")
+    assert done.returncode == 0
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == done.stdout
+
+
+def test_links_within_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page.name, link)
