@@ -235,9 +235,10 @@ def finish(run, predictions):
             check_velocities(vel, [run.gathers[i] for i in numbers], f"{run.stages[-1]} gives")
             if run.needs_misfit:
                 told |= {name: v.cpu().numpy() for name, v in compare(seis, simulated(maps[-1])).items()}
+            results.put(numbers, vel=vel, errors=run.errors(maps, numbers), gather=expected[numbers], **told)
+            if run.needs_misfit:
                 misfits += told["misfit"].tolist()
                 bar.set_postfix(median_misfit=f"{np.median(misfits):.2g}")
-            results.put(numbers, vel=vel, errors=run.errors(maps, numbers), gather=expected[numbers], **told)
             bar.update(len(numbers))
     return results
 

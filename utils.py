@@ -109,6 +109,10 @@ def _say_on_stderr(line):
         os.write(2, f"{line}\n".encode())
 
 
+class Stopped(SystemExit):
+    """The program ends for a signal, all that is done being kept."""
+
+
 class StopSignals:
     """Within this context the first SIGINT, SIGTERM or SIGHUP is noted, and a second one ends the program.
 
@@ -128,9 +132,12 @@ class StopSignals:
                     self.before[number] = signal.signal(number, self._catch)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if isinstance(error, Stopped):  # now that progress bars have ended their lines
+            name = signal.Signals(self.number).name
+            _say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
 
     def _catch(self, number, frame):
         if self.number:
@@ -138,14 +145,13 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.number = number
         # no print: it may have been interrupted in the midst of another one
-        _say_on_stderr(f"{signal.Signals(number).name}: waiting for {self.waits_for}; once more ends at once")
+        name = signal.Signals(number).name
+        _say_on_stderr(f"\n{name}: waiting for {self.waits_for}; once more ends at once")
 
     def check(self):
         """Exit where a signal has come, saying how to go on."""
         if self.number:
-            name = signal.Signals(self.number).name
-            _say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
-            sys.exit(128 + self.number)
+            raise Stopped(128 + self.number)
 
 
 @dataclass

@@ -22,6 +22,7 @@ def feedback(model, seis, vel, n_rounds=3, step=0.8):
     for _ in range(n_rounds):
         trial = fed - steps.view(-1, 1, 1, 1) * residual
         trial_vel = model(trial)
+        trial_vel = torch.where(trial_vel.isfinite(), trial_vel, best)  # too long a step may overflow
         trial_residual = _residual(trial_vel, seis)
         better = norm(trial_residual) < least
         chosen = better.view(-1, 1, 1, 1)

@@ -31,7 +31,7 @@ SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.
 
 VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
 
-ANY_NPY = re.compile(r"[^.].*\.npy", re.IGNORECASE | re.ASCII)  # hidden files are left alone
+ANY_NPY = re.compile(r"[^.].*\.npy", re.IGNORECASE | re.ASCII | re.DOTALL)  # hidden files are left alone
 
 VEL_PREFIX = {"data": "model", "seis": "vel"}
 

@@ -63,6 +63,7 @@ def find_gathers(root):
     for a missing or empty folder, wrong shapes or dtypes, ids that collide and ids that no CSV can hold.
     """
     root, now_ns = Path(root), time.time_ns()
+    open_array.cache_clear()  # files may be others than in an earlier call
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
     files = [root] if root.is_file() else find_files(root, ANY_NPY)

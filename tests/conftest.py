@@ -1,5 +1,6 @@
 """Shared fixtures: small OpenFWI-like files, and where real data may lie."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,14 @@ import pytest
 import torch
 
 import train
+from cfg import Config, parse
+from infer import infer
+from inference.pseudo import pair_paths
+from model import build_model
 from openfwi import npy
-from utils import Process, run_program
+from synthetic.maps import make_maps
+from utils import Process, run_program, save_checkpoint
+from waves.equation import simulate
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -19,8 +26,10 @@ torch.set_num_threads(1)  # tests are small; more threads only wait for each oth
 
 
 # a network and a schedule that train in seconds
-SMALL = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8", "--workers=0"]
-SMALL += [
+NETWORK_WORDS = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8"]
+SMALL = [
+    *NETWORK_WORDS,
+    "--workers=0",
     "--split=share",
     "--val_share=0.34",
     "--warmup_steps=2",
@@ -121,3 +130,65 @@ def refuses(monkeypatch, capsys):
             assert str(word) in lines[0], (word, lines[0])
 
     return check
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A bare state dict of an untrained network, as the public ones are."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("ckpt") / "small.pt"
+    weights = build_model(Config(**NETWORK)).state_dict()
+    save_checkpoint(path, {f"module.{name}": values for name, values in weights.items()})
+    return path
+
+
+def words_for(checkpoint, *args):
+    """The command line that predicts with a checkpoint as the fixture of this name."""
+    return ["--ckpt", str(checkpoint), *NETWORK_WORDS, "--workers=0", *map(str, args)]
+
+
+def kaggle_folder(folder, n, dtype=np.float32):
+    """A folder of n test gathers of random numbers, named as Kaggle's."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(n):
+        np.save(folder / f"{i:010x}.npy", rng.normal(size=(5, 1000, 70)).astype(dtype))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Exact pairs: two flat maps and two faulted ones, a root for training and for truth."""
+    root = tmp_path_factory.mktemp("pairs")
+    for family in ("FlatVel_A", "FlatFault_A"):
+        vel = torch.from_numpy(make_maps(family, 2, 0))
+        seis_path, vel_path = pair_paths(root, family, 0)
+        for path, array in ((seis_path, simulate(vel)), (vel_path, vel)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array.numpy())
+    return root
+
+
+@pytest.fixture
+def run(checkpoint, pairs, tmp_path):
+    """Run `infer` on the pairs: (score, path of the CSV)."""
+
+    def go(*args, ckpt=checkpoint, name="s.csv"):
+        words = ["--input", pairs, "--out", tmp_path / name, "--batch_size=2", *args]
+        words = words_for(ckpt, *words)
+        if str(ckpt).endswith("second.pt") and "," not in str(ckpt):
+            words = [word for word in words if word not in NETWORK_WORDS]
+        return infer(parse(words), CPU), tmp_path / name
+
+    return go
+
+
+def maps_of(path):
+    """Oids and the odd columns (N, 70, 35) of a submission."""
+    rows = list(csv.reader(path.open()))[1:]
+    return [row[0].rpartition("_y_")[0] for row in rows[::70]], np.array(
+        [r[1:] for r in rows], float
+    ).reshape(-1, 70, 35)

@@ -1,65 +1,23 @@
 import csv
 import dataclasses
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, write_pair
+from conftest import CPU, NETWORK, kaggle_folder, maps_of, run_cli, words_for, write_pair
 
-import infer as infer_module
 from cfg import Config, parse
 from infer import infer, main
 from inference.ensemble import Member
-from inference.pseudo import pair_paths
-from inference.refine import inversion_batches
-from inference.results import Results
 from inference.submission import HEADER, submission_rows
 from inference.tta import make_views, predict
 from model import build_model
 from openfwi.files import find_pairs
 from openfwi.gathers import GatherDataset, find_gathers, find_truths, read_truth
-from openfwi.npy import open_array
-from synthetic.maps import make_maps
-from utils import Process, mirror_survey, run_program, save_checkpoint
+from utils import Process, mirror_survey, save_checkpoint
 from waves.equation import simulate
 from waves.misfit import log_misfit, misfit
-
-SMALL = {"arch": "seisnext", "head": "perfect", "width": 16}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A bare state dict of an untrained network, as the public ones are."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("ckpt") / "small.pt"
-    save_checkpoint(path, {f"module.{k}": v for k, v in build_model(Config(**SMALL)).state_dict().items()})
-    return path
-
-
-def words_for(checkpoint, *args):
-    return [
-        "--ckpt",
-        str(checkpoint),
-        "--workers=0",
-        "--arch=seisnext",
-        "--head=perfect",
-        "--width=16",
-        *map(str, args),
-    ]
-
-
-def kaggle_folder(folder, n, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for i in range(n):
-        np.save(folder / f"{i:010x}.npy", rng.normal(size=(5, 1000, 70)).astype(dtype))
-    return folder
 
 
 def simple_rows(oid, vel):
@@ -110,32 +68,14 @@ def test_openfwi_files_are_scored_per_family(tmp_path, checkpoint):
     assert "FlatVel_A_data_data1_0_y_0," in out.read_text()
 
 
-def test_truth_is_scored_against_the_right_map(tmp_path):
-    seis, vel = write_pair(tmp_path, "FlatVel_A", 3, n=2)
-    gathers = find_gathers(tmp_path)
-    assert find_truths(tmp_path, gathers) == [(vel, 0, "FlatVel_A"), (vel, 1, "FlatVel_A")]
-    folder = kaggle_folder(tmp_path / "Style_A", 1)
-    maps = tmp_path / "maps"
-    maps.mkdir()
-    np.save(maps / "0000000000.npy", np.zeros((70, 70), np.float32))
-    assert find_truths(maps, find_gathers(folder)) == [(maps / "0000000000.npy", None, "Style_A")]
-
-
 def test_mirror_tta_of_a_mirrored_survey_is_the_mirrored_map(checkpoint):
-    network = build_model(Config(**SMALL)).eval()
+    network = build_model(Config(**NETWORK)).eval()
     seis = torch.randn(2, 5, 1000, 70)
     with torch.no_grad():
         for names, equal in ((("mirror",), True), ((), False)):
             views = make_views(names)
             plain, mirrored = predict(network, seis, views), predict(network, mirror_survey(seis), views)
             assert torch.allclose(mirrored, plain.flip(3), atol=1e-2) == equal
-
-
-def test_open_files_stay_bounded(tmp_path, checkpoint):
-    """More gathers than the cache of memory maps holds."""
-    folder = kaggle_folder(tmp_path / "test", 70, np.float16)
-    find_gathers(folder)
-    assert open_array.cache_info().currsize <= 64
 
 
 @pytest.mark.realdata
@@ -192,52 +132,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, checkpoint, refuses)
     refuses(main, "--input", good, words=["--ckpt=PATH is needed"])
 
 
-def test_ids_that_collide_are_refused(tmp_path):
-    for folder in ("a", "b"):
-        kaggle_folder(tmp_path / folder, 1)
-    with pytest.raises(ValueError, match="same id 0000000000"):
-        find_gathers(tmp_path)
-
-
 # ---------------------------------------------------------------- ensembles, fits, refining, what is told
-
-
-CPU = Process(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Exact pairs: two flat maps and two faulted ones, a root for training and for truth."""
-    root = tmp_path_factory.mktemp("pairs")
-    for family in ("FlatVel_A", "FlatFault_A"):
-        vel = torch.from_numpy(make_maps(family, 2, 0))
-        seis_path, vel_path = pair_paths(root, family, 0)
-        for path, array in ((seis_path, simulate(vel)), (vel_path, vel)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, array.numpy())
-    return root
-
-
-@pytest.fixture
-def run(checkpoint, pairs, tmp_path):
-    """Run `infer` on the pairs: (score, path of the CSV)."""
-
-    def go(*args, ckpt=checkpoint, name="s.csv"):
-        words = ["--input", pairs, "--out", tmp_path / name, "--batch_size=2", *args]
-        words = words_for(ckpt, *words)
-        if str(ckpt).endswith("second.pt") and "," not in str(ckpt):
-            words = [word for word in words if not word.startswith(("--arch", "--head", "--width"))]
-        return infer(parse(words), CPU), tmp_path / name
-
-    return go
-
-
-def maps_of(path):
-    """Oids and the odd columns (N, 70, 35) of a submission."""
-    rows = list(csv.reader(path.open()))[1:]
-    return [row[0].rpartition("_y_")[0] for row in rows[::70]], np.array(
-        [r[1:] for r in rows], float
-    ).reshape(-1, 70, 35)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +160,7 @@ def test_a_bare_state_dict_may_have_its_options_beside_it(run, checkpoint, secon
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(checkpoint, weights_only=True), bare)
     options = tmp_path / "bare.json"
-    options.write_text(json.dumps(SMALL))
+    options.write_text(json.dumps(NETWORK))
     _, with_options = run(ckpt=f"{bare},{bare}", name="a.csv")
     assert with_options.read_bytes() == run(name="b.csv")[1].read_bytes()
     options.write_text("{")
@@ -389,155 +284,6 @@ def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, ca
     assert sum(pair.n for pair in find_pairs([tmp_path / "best"])) == 2
 
 
-# ---------------------------------------------------------------- interrupted runs
-
-
-class Stopped(Exception):
-    pass
-
-
-def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs, tmp_path, monkeypatch):
-    words = ("--input", pairs / "FlatVel_A", "--truth", pairs, "--refine=inversion", "--refine_iterations=0")
-    put = Results.put
-
-    def stop_after(self, numbers, **fields):
-        put(self, numbers, **fields)
-        if "misfit" in fields:
-            raise Stopped
-
-    monkeypatch.setattr(Results, "put", stop_after)
-    with pytest.raises(Stopped):
-        run(*words)
-    monkeypatch.setattr(Results, "put", put)
-    score, _ = run(*words, "--figures", tmp_path / "figures")
-    assert score["all"][0] == 0
-    assert list((tmp_path / "figures" / "steps").iterdir())  # of the one done after the interruption
-    traces = [json.loads(line) for line in (tmp_path / "s.trace.jsonl").read_text().splitlines()]
-    assert len(traces) == 2 and all(trace["misfits"]["rounded"] < 1e-5 for trace in traces)
-
-
-def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs, tmp_path, monkeypatch):
-    order = []
-
-    def invert(seis, vel, families, minutes, n_iterations):
-        order.append(minutes)
-        return torch.full_like(vel, 1600.0 + len(order)), [{"seconds": 45.0}]
-
-    monkeypatch.setattr("inference.refine.invert", invert)
-    _, plain = run(name="plain.csv")
-    _, out = run("--refine=inversion", "--refine_budget=1", "--refine_minutes=0.9")
-    assert order == [0.9, 0.25]
-    oids, maps = maps_of(out)
-    before = maps_of(plain)[1]
-    for k, family in enumerate(oids):
-        inverted = maps[k].min() == maps[k].max()
-        assert inverted == ("FlatVel_A" in family)  # seconds each
-        assert inverted or (maps[k] == before[k]).all()
-    traces = [json.loads(line) for line in (tmp_path / "s.trace.jsonl").read_text().splitlines()]
-    assert sum("spent" in trace.get("why", "") for trace in traces) == 2
-
-
-def test_only_gathers_that_are_not_searched_are_inverted_together():
-    families = ["Style_A", "CurveVel_A", "Style_B", None, "CurveFault_A", "Style_A", "FlatFault_A", "Style_A"]
-    numbers = [7, 6, 5, 4, 3, 2, 1, 0]
-    batches = inversion_batches(numbers, families, 2)
-    assert batches == [[7, 5], [6], [4, 2], [3], [1], [0]]
-    assert inversion_batches(numbers, families, 1) == [[i] for i in numbers]
-
-
-OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
-
-
-@pytest.mark.parametrize("n_puts", [1, 3])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, n_puts):
-    run(*OPTIONS, name="whole.csv")
-    put, calls = Results.put, []
-
-    def stop_after(self, numbers, **fields):
-        if len(calls) == n_puts:
-            raise Stopped
-        calls.append(list(numbers))
-        put(self, numbers, **fields)
-
-    monkeypatch.setattr(Results, "put", stop_after)
-    with pytest.raises(Stopped):
-        run(*OPTIONS)
-    assert not (tmp_path / "s.csv").exists() and (tmp_path / "s.csv.work").is_dir()
-    seen = []
-    monkeypatch.setattr(
-        Results, "put", lambda self, numbers, **f: (seen.append(list(numbers)), put(self, numbers, **f))
-    )
-    run(*OPTIONS)
-    assert len(seen) == 4 - n_puts  # two batches twice: nothing is done again
-    for end in (".csv", ".misfit.csv", ".trace.jsonl"):
-        assert (tmp_path / f"s{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
-    assert not list(tmp_path.rglob("*.work"))
-
-
-def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(infer_module, "write_outputs", stopping)
-    with pytest.raises(Stopped):
-        run()
-    monkeypatch.undo()
-    _, out = run("--tta")
-    told = capsys.readouterr().out
-    assert "network0" in told and "of other options or files; starting afresh" in told
-    assert out.read_bytes() == run("--tta", name="fresh.csv")[1].read_bytes()
-
-
-def stopping(*args):
-    raise Stopped
-
-
-def test_killed_and_started_again_it_gives_the_same_bytes(checkpoint, tmp_path):
-    folder = kaggle_folder(tmp_path / "test", 12)
-    words = words_for(checkpoint, "--input", folder, "--batch_size=1", "--tta", "--threads=1")
-    assert run_cli("infer.py", *words, "--out", tmp_path / "whole.csv").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "infer.py"), *words, "--out", str(tmp_path / "s.csv")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not any(bytes(p.read_bytes()).strip(b"\0") for p in tmp_path.glob("s.csv.work/network0-*.bin")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    again = run_cli("infer.py", *words, "--out", tmp_path / "s.csv")
-    assert again.returncode == 0 and "going on, " in again.stdout
-    assert (tmp_path / "s.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-
-
-def test_a_full_disk_is_one_line_and_keeps_what_is_done(checkpoint, tmp_path, monkeypatch, capsys):
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("needs root to mount a small tmpfs")
-    disk, folder = tmp_path / "disk", kaggle_folder(tmp_path / "test", 20, np.float16)
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("tmpfs cannot be mounted here")
-    try:
-        words = words_for(checkpoint, "--input", folder, "--out", disk / "s.csv", "--batch_size=4")
-        for n_kib in (1750, 1100):  # no room for all results, then none for the CSV
-            (disk / "ballast").write_bytes(bytes(n_kib << 10))
-            monkeypatch.setattr(sys, "argv", ["infer.py", *words])
-            with pytest.raises(SystemExit) as stop:
-                run_program(main)
-            line = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress bar
-            assert stop.value.code == 2 and line.startswith("infer.py: error: "), line
-            assert "not written (No space left on device); free some space and give the same command" in line
-            assert not list(disk.glob("*.csv")) and not list(disk.rglob("*.part"))
-            done = next(disk.glob("s.csv.work/network0-*.bin")).read_bytes().strip(b"\0")
-            assert done  # kept
-        (disk / "ballast").unlink()
-        main(words)
-        main(words_for(checkpoint, "--input", folder, "--out", tmp_path / "s.csv", "--batch_size=4"))
-        assert (disk / "s.csv").read_bytes() == (tmp_path / "s.csv").read_bytes()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -563,3 +309,19 @@ def test_torchrun_is_refused(checkpoint, tmp_path):
     cfg = parse(words_for(checkpoint, "--input", kaggle_folder(tmp_path / "test", 1)))
     with pytest.raises(ValueError, match="one process, torchrun started 2"):
         infer(cfg, Process(torch.device("cpu"), world=2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("words", [(), ("--misfit", "--tta", "--combine=median")])
+def test_a_map_that_is_not_finite_is_refused_by_the_names_of_gather_and_checkpoint(
+    run, checkpoint, tmp_path, monkeypatch, value, words
+):
+    def broken(self, seis):
+        vel = torch.full((len(seis), 1, 70, 70), 2000.0)
+        vel[1, 0, 3, 4] = value
+        return vel
+
+    monkeypatch.setattr(Member, "__call__", broken)
+    with pytest.raises(ValueError, match=f"seis2_1_0.npy: sample 1: {checkpoint} predicts nan to nan"):
+        run(*words)
+    assert not list(tmp_path.glob("*.csv"))

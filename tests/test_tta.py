@@ -67,6 +67,29 @@ def test_stretching_time_is_the_experiment_on_the_faster_map():
     assert right < 0.5 * misfit(faster, seis).item() and wrong > misfit(faster, seis).item()
 
 
+def test_each_view_of_a_perfect_network_is_the_map_itself():
+    """A network that knows a map up to a factor: a view that forgot to undo its stretching is 1 % off."""
+    depth = torch.arange(70)[:, None].expand(70, 70)
+    vel = torch.where(depth < 30, 2000.0, 3000.0)[None, None]
+    factors = torch.tensor([0.98, 0.99, 1.0, 1.01, 1.02])
+    known = waves.simulate(torch.cat([factor * vel for factor in factors]))
+
+    def perfect(seis):
+        return factors[misfit(known, seis.expand_as(known)).argmin()] * vel
+
+    seis = waves.simulate(vel)
+    assert torch.equal(perfect(known[4:]), 1.02 * vel)  # it tells them apart
+    views = make_views(ALL)
+    for view, seen in zip(views, predict_views(perfect, seis, views), strict=True):
+        assert (seen - vel).abs().max() < 0.5, view.name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_network_gives_beyond_numbers_is_not_hidden_by_the_range(value):
+    maps = predict_views(lambda seis: network(seis) + value, torch.randn(1, 5, 1000, 70), make_views(ALL))
+    assert maps.isnan().all()
+
+
 @pytest.mark.parametrize(
     "names, weights, message",
     [

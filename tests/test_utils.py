@@ -2,8 +2,11 @@ import errno
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from conftest import ROOT
 from report.figures import prediction_figure
 from report.scores import Score, score_table
 from utils import (
+    StopSignals,
     check_family,
     load_checkpoint,
     pick_device,
@@ -254,3 +258,85 @@ def test_errors_are_one_line_and_developers_get_the_traceback(monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         run_program(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == "train.py: error: a b\n"
+
+
+# ---------------------------------------------------------------- how programs end
+
+
+def program(body):
+    """A process that runs `body` as `main` of a program, ready once it has printed a line."""
+    code = f"import sys, time, utils\nsys.argv = ['program.py']\ndef main(argv):\n    {body}\n"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{code}utils.run_program(main)"], cwd=ROOT, env=env, **pipes
+    )
+
+
+def test_an_interruption_is_one_line():
+    process = program("print('ready', flush=True); time.sleep(60)")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "program.py: interrupted\n" and process.returncode == 130
+
+
+def test_a_second_signal_ends_a_program_that_hangs():
+    body = "print('ready', flush=True); utils.StopSignals('the read').__enter__(); print('go', flush=True); "
+    process = program(body + "[time.sleep(60) for _ in range(9)]")
+    for _ in range(2):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stderr.readline()  # the empty one that ends a progress bar's
+    assert process.stderr.readline() == "SIGINT: waiting for the read; once more ends at once\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+
+
+def test_signals_that_are_ignored_and_those_of_other_threads_stay_as_they_are():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals("nothing"):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(StopSignals("nothing").__enter__).result().before == {}
+
+
+@pytest.mark.parametrize(
+    "body, code, said",
+    [
+        (
+            "print('ready', flush=True); [print('x' * 9999) for _ in range(99)]",
+            141,
+            "stopped, for nobody reads",
+        ),
+        ("print('ready', flush=True); time.sleep(0.5); print('the last line')", 0, ""),
+    ],
+)
+def test_a_closed_pipe_is_one_line_or_none_where_all_is_done(body, code, said):
+    process = program(body)
+    process.stdout.readline()
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == code and said in told and told.count("\n") == bool(said)
+
+
+def test_a_lock_whose_holder_removed_its_folder_keeps_others_off(tmp_path):
+    """The second waits for the first, which removes the file it waits for: it must not believe to have it."""
+    folder, entered = tmp_path / "work", []
+    with ThreadPoolExecutor(1) as pool:
+        with sole_use(folder):
+
+            def second():
+                with sole_use(folder):
+                    entered.append((folder / ".lock").exists())
+
+            waiting = pool.submit(second)
+            time.sleep(0.3)
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        waiting.result()
+    assert entered == [True]

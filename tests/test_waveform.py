@@ -85,6 +85,25 @@ def test_feedback_makes_a_biased_network_right():
     assert (vel - truth).abs().max() < 1 and (trace[-1] < 0.05 * trace[0]).all()
 
 
+def test_feedback_halves_a_step_that_is_too_long_until_it_helps():
+    """From 16 the first five trials only make it worse; were the step kept, every later one would too."""
+    truth = torch.full((1, 1, 70, 70), 2000.0)
+    seis = simulated(truth)
+    start = surface_reader(seis)
+    _, trace = feedback(surface_reader, seis, start, n_rounds=3, step=16.0)
+    assert (trace == trace[0]).all()
+    vel, trace = feedback(surface_reader, seis, start, n_rounds=10, step=16.0)
+    assert trace[-1] < 0.2 * trace[0] and (vel - truth).abs().max() < 20 < (start - truth).abs().min()
+
+
+def test_feedback_leaves_alone_what_a_trial_makes_infinite(gathers):
+    def overflows(seis):
+        return torch.full((len(seis), 1, 70, 70), torch.inf)
+
+    vel, trace = feedback(overflows, gathers, maps() * 1.1, n_rounds=2)
+    assert torch.equal(vel, maps() * 1.1) and (trace == trace[0]).all()
+
+
 @pytest.mark.parametrize("step", [0.8, 100.0])
 def test_feedback_never_raises_a_misfit_whatever_the_network(step, gathers):
     generator = torch.Generator().manual_seed(0)
