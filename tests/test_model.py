@@ -261,7 +261,7 @@ def test_an_answering_hub_and_cached_weights_are_used(imagenet, monkeypatch):
         ({"upsample": "bicubic"}, "--upsample=bicubic: expected one of transposed, pixelshuffle, nearest"),
         ({"mode": "half"}, "--mode=half: expected one of full, smart_256x72, small_72x72"),
         ({**OURS, "width": 0}, "--width=0: expected 1 or more"),
-        ({"drop_path": 1.0}, "--drop_path=1.0: expected a share below 1"),
+        ({"drop_path": 1.0}, "--drop_path=1.0: expected at most 0.99"),
         ({"backbone": "resnet18"}, "--backbone=resnet18: expected"),
         ({"backbone": "convnext_atto_ols"}, "not _ols"),
         ({**OURS, "mode": "small_72x72"}, "--mode=full only"),

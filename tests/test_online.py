@@ -385,7 +385,7 @@ def test_what_cannot_work_is_refused_before_training(files, tmp_path, monkeypatc
         patch.setattr(module.shutil, "disk_usage", lambda path: room)
         refuses(train.main, *base, words=["needs 0.0 GB, 0.0 free; lower --online_pairs"])
     pairs = [dataclasses.replace(pair, mode="small_72x72") for pair in find_pairs([files])]
-    monkeypatch.setattr(train, "load_items", lambda cfg: (whole(pairs), whole(pairs)))
+    monkeypatch.setattr("training.loader.load_items", lambda cfg: (whole(pairs), whole(pairs)))
     refuses(train.main, *base, words=["need whole gathers, data_root holds a packed copy"])
     refuses(train.main, *base, "--online=0", "--gain_p=1", words=["need whole gathers"])
 
@@ -404,7 +404,13 @@ def test_vary_on_the_command_line_writes_exact_pairs_and_the_same_ones_again(fil
     again = find_pairs([tmp_path / "b"])
     assert all(np.array_equal(a.maps, b.maps) for a, b in zip(pairs, again, strict=True))
     out = f"--out={tmp_path / 'c'}"
-    refuses(synth.main, f"--vary={tmp_path / 'none'}", "--n_per_family=3", out, words=["no velocity files"])
+    refuses(
+        synth.main,
+        f"--vary={tmp_path / 'none'}",
+        "--n_per_family=3",
+        out,
+        words=["none: folder cannot be read"],
+    )
     refuses(synth.main, f"--vary={files}", "--maps=x.npz", out, words=["no --vary or --n_per_family"])
     refuses(
         synth.main,
