@@ -158,6 +158,8 @@ def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(checkpoint
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_keeps_the_batch_and_says_in_one_line_how_to_go_on(run, tmp_path, monkeypatch, capfd, name):
+    if name == "SIGINT":  # a shell's background ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     number, put, puts = getattr(signal, name), Results.put, []
 
     def signal_within(self, numbers, **fields):

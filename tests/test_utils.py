@@ -269,7 +269,11 @@ def program(body):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
-        [sys.executable, "-c", f"{code}utils.run_program(main)"], cwd=ROOT, env=env, **pipes
+        [sys.executable, "-c", f"{code}utils.run_program(main)"],
+        cwd=ROOT,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+        **pipes,
     )
 
 
