@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from report.figures import pyplot
+from report.figures import new_figure, save_figure
 from synthetic.dataset import check_maps, write_dataset, write_given, write_varied
 from synthetic.maps import make_maps
 from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
@@ -17,10 +17,9 @@ from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
 
 def contact_sheet(path, n=4, seed=0):
     """Draw n maps of each family on one colour scale; returns whether matplotlib was there to do it."""
-    plt = pyplot()
-    if plt is None:
+    if not (fig := new_figure((3.2 * n, 9))):
         return False
-    fig, axes = plt.subplots(5, 2 * n, figsize=(3.2 * n, 9), sharex=True, sharey=True, layout="constrained")
+    axes = fig.subplots(5, 2 * n, sharex=True, sharey=True)
     ticks = (0, 350, 700)
     for f, family in enumerate(FAMILIES):
         row = axes[f // 2, f % 2 * n : f % 2 * n + n]
@@ -30,8 +29,7 @@ def contact_sheet(path, n=4, seed=0):
     fig.supxlabel("x (m)")
     fig.supylabel("depth (m)")
     fig.colorbar(image, ax=axes, label="velocity (m/s)", shrink=0.6)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    save_figure(fig, path, dpi=90)
     return True
 
 
@@ -45,10 +43,9 @@ def real_beside_synthetic(path, folder, n=6, seed=0):
     found = [file for file in found if file.is_file()]
     if not found:
         raise ValueError(f"{folder}: no <Family>.npz in it, as CurveVel_A.npz")
-    if (plt := pyplot()) is None:
+    if not (fig := new_figure((1.6 * n, 3.3 * len(found)))):
         return False
-    size = (1.6 * n, 3.3 * len(found))
-    fig, axes = plt.subplots(2 * len(found), n, figsize=size, squeeze=False, layout="constrained")
+    axes = fig.subplots(2 * len(found), n, squeeze=False)
     for row, file in zip(axes.reshape(-1, 2, n), found, strict=True):
         with np.load(file) as maps:
             real = check_maps(maps[maps.files[-1]][:n], file)
@@ -60,8 +57,7 @@ def real_beside_synthetic(path, folder, n=6, seed=0):
             for ax, field in zip(line, fields[:, 0], strict=False):
                 ax.imshow(field, extent=(0, 700, 700, 0), vmin=V_MIN, vmax=V_MAX, cmap="viridis")
                 ax.set(xticks=(), yticks=())
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    save_figure(fig, path, dpi=90)
     return True
 
 

@@ -19,7 +19,6 @@ from cfg import network_config, parse
 from data import mean_map
 from model import build_model
 from openfwi.modes import preprocess
-from report.figures import prediction_figure
 from report.scores import Score, score_table
 from training.guards import BadSteps, Stop
 from training.launch import adapted, check_config, launch
@@ -27,17 +26,15 @@ from training.loader import make_loaders, prepare_data
 from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
-from training.runs import check_reload, save_last, start_run
+from training.runs import check_reload, save_best, save_last, start_run
 from training.trainer import Trainer
 from utils import (
     FAMILIES,
     load_checkpoint,
     processes,
     run_program,
-    save_checkpoint,
     seed_all,
     sole_use,
-    write_atomic,
 )
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
@@ -94,8 +91,8 @@ def train(cfg, process, folder=None, state=None):
     online = Online(cfg, process, train_items, steps) if cfg.online else contextlib.nullcontext()
     with (
         sole_use(folder) if process.is_main else contextlib.nullcontext(),
-        make_profiler(cfg, process, folder) as profiler,
         Log(folder, trainer) as log,
+        make_profiler(log) as profiler,
         online as trainer.online,
     ):
         number = fit(trainer, log, loaders, train_items, reference, profiler)
@@ -112,7 +109,7 @@ def train(cfg, process, folder=None, state=None):
 def fit(trainer, log, loaders, items, reference, profiler):
     """Train to the end, to early stopping, or to a signal; returns the signal's number or 0."""
     cfg, (train_loader, val_loader) = trainer.cfg, loaders
-    bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(trainer.process)
+    bad_steps, stop = BadSteps(trainer, items, log), Stop(trainer.process)
     try:
         while True:
             epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
@@ -204,7 +201,7 @@ def train_step(trainer, batches):
 
 
 def finish_epoch(trainer, log, val_loader, reference):
-    """Validate the averaged weights, print the table, write metrics, figure and checkpoints."""
+    """Validate the averaged weights and print the table; write checkpoints, then metrics and a figure."""
     process, folder = trainer.process, log.folder
     score, mean_score, rows = validate(
         trainer.ema.module, val_loader, process, reference, trainer.autocast, trainer.cfg.mode
@@ -216,22 +213,9 @@ def finish_epoch(trainer, log, val_loader, reference):
     if not process.is_main:
         return
     print(f"validation after step {trainer.step}\n{score_table(score, mean_score)}", flush=True)
-    record = {
-        "step": trainer.step,
-        "val_mae": mae,
-        "best_mae": trainer.best_mae,
-        "mean_map_mae": mean_score["all"][0],
-        "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
-    }
-    with write_atomic(folder / "metrics.json", "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-    prediction_figure(folder / "validation.png", rows)
-    log.record(record)
-    log.figure(folder / "validation.png")
-    if is_best:
-        best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
-        save_checkpoint(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae})
+    save_best(trainer, folder, mae)
     save_last(trainer, folder)
+    log.write_validation(score, mean_score, rows)
 
 
 @torch.no_grad()

@@ -438,11 +438,25 @@ def averaged_weights(checkpoint):
 
 
 def read_lines(path):
-    """The lines of a text file, none where it is missing."""
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    """The lines of a text file, none where it is missing; what is not UTF-8 is replaced."""
+    path = Path(path)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def write_json(path, values):
+    """Write values to a .json file, whole or not at all."""
+    with write_atomic(path, "w") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
 
 
 def append_json(path, record):
-    """Append one line to a .jsonl file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one line to a .jsonl file; OSError names it. A line that was cut short is ended first."""
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            line = start + json.dumps(record).encode() + b"\n"
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

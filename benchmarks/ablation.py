@@ -23,7 +23,7 @@ from data import load_items, mean_map
 from model import check_model
 from openfwi.files import read_sample
 from openfwi.modes import preprocess
-from report.figures import pyplot, save_figure
+from report.figures import new_figure, save_figure
 from report.scores import ssim
 from train import train_epoch
 from training.guards import BadSteps
@@ -192,10 +192,9 @@ def table(records, group):
 
 def draw(path, records):
     """MAE against training time of the main comparison, and the options' final errors, into `path`."""
-    plt = pyplot()
-    if plt is None:
+    if not (fig := new_figure((12, 5))):
         return
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    left, right = fig.subplots(1, 2)
     for name, runs in summary(records, "main").items():
         times, errors = ([[p[k] for p in r["curve"]] for r in runs] for k in (0, 1))
         time_s, error = ([statistics.mean(at) for at in zip(*some, strict=True)] for some in (times, errors))

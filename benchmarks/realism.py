@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.map_statistics import print_statistics
-from report.figures import pyplot
+from report.figures import new_figure, save_figure
 from synthetic.maps import make_maps
 from utils import FAMILIES, V_MAX, V_MIN, check_family, write_atomic
 
@@ -116,11 +116,10 @@ def accuracy(real, synthetic, seed, epochs=40):
 
 def draw_rows(rows, folder, n=8):
     """Picture of n real and n synthetic maps a family, in unlabelled order, and its key in another file."""
-    plt = pyplot()
-    if plt is None:
+    if not (figure := new_figure((2 * n, 1.1 * len(rows)), layout="tight")):
         return
+    axes = figure.subplots(len(rows), 2 * n, squeeze=False)
     rng, key = np.random.default_rng(), {}
-    figure, axes = plt.subplots(len(rows), 2 * n, figsize=(2 * n, 1.1 * len(rows)), squeeze=False)
     for line, (family, (real, synthetic)) in zip(axes, rows.items(), strict=True):
         n_each = min(n, len(real))
         maps = [("real", m) for m in real[rng.permutation(len(real))[:n_each]]]
@@ -132,11 +131,8 @@ def draw_rows(rows, folder, n=8):
         for axis, (_, vel) in zip(line, maps, strict=False):
             axis.imshow(vel[0], vmin=V_MIN, vmax=V_MAX)
         line[0].set_title(family, fontsize=8, loc="left")
-    figure.tight_layout(pad=0.3)
     folder = Path(folder)
-    with write_atomic(folder / "which_are_real.png") as file:
-        figure.savefig(file, dpi=100, format="png")
-    plt.close(figure)
+    save_figure(figure, folder / "which_are_real.png", dpi=100)
     with write_atomic(folder / "key.json", "w") as file:
         json.dump(key, file, indent=1)
     print(f"which are real? {folder}/which_are_real.png; the answers: {folder}/key.json")

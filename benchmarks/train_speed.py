@@ -40,7 +40,7 @@ def bench_train(args, options):
         loader, _ = make_loaders(cfg, process, items, items)
         trainer, bare = Trainer(cfg, process, args.steps), Trainer(cfg, process, args.steps)
         log = Log(Path(folder), trainer)
-        bad_steps, stop = BadSteps(trainer, items, log.folder), Stop(process)
+        bad_steps, stop = BadSteps(trainer, items, log), Stop(process)
         fixed = bare.prepare(0, *next(iter(loader))[:3])
 
         def ours():

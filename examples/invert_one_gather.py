@@ -13,7 +13,7 @@ import torch
 from cfg import Config
 from inference.ensemble import Member
 from inversion.invert import invert
-from report.figures import draw_gather, draw_map, pyplot, save_figure
+from report.figures import draw_gather, draw_map, new_figure, save_figure
 from synthetic.maps import make_maps
 from waves import simulate
 
@@ -33,8 +33,8 @@ def main(argv, family="FlatVel_A", minutes=2.0):
     seconds, n_simulations = course["seconds"], course["simulations"]
     print(f"error {before:.1f} -> {after:.2f} m/s in {seconds:.0f} s, {n_simulations} simulations")
 
-    if plt := pyplot():
-        fig, ax = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    if fig := new_figure((15, 3.2)):
+        ax = fig.subplots(1, 4)
         draw_gather(ax[0], "observed: centre shot", seis[0, 2].numpy(), (-1, 1))
         draw_map(fig, ax[1], f"start, {before:.0f} m/s off", start[0, 0].numpy())
         draw_map(fig, ax[2], f"inversion, {after:.1f} m/s off", vel[0].numpy())

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from
 import torch
 
 from postprocess import gaussian
-from report.figures import draw_gather, draw_map, pyplot, save_figure
+from report.figures import draw_gather, draw_map, new_figure, save_figure
 from synthetic.maps import make_maps
 from waves import simulate
 
@@ -27,8 +27,8 @@ def main(argv):
     residual.square().sum().backward()  # vel.grad: (1, 1, 70, 70), exact, by the adjoint of the same scheme
     print(f"relative misfit of the blurred map: {(residual.norm() / seis.norm()).item():.2%}")
 
-    if plt := pyplot():
-        fig, ax = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    if fig := new_figure((12, 3.2)):
+        ax = fig.subplots(1, 3)
         shot, gradient = seis[0, 2].numpy(), -vel.grad[0, 0].numpy()
         draw_map(fig, ax[0], "velocity map", true_vel[0, 0].numpy())
         draw_gather(ax[1], "centre shot", shot, (-1, 1))

@@ -1,28 +1,33 @@
 """Figures of predictions and of their quality; without matplotlib one line says so."""
 
+import os
+from importlib.util import find_spec
+
 import numpy as np
 
 from utils import V_MAX, V_MIN, write_atomic
 
 
-def pyplot():
-    """matplotlib's pyplot without a screen; None, said in one line, where it is not installed."""
+def new_figure(size, layout="constrained"):
+    """An empty figure of (width, height) inches; None, said in one line, where matplotlib is not installed.
+
+    Made without pyplot, which would choose a backend for the whole process.
+    """
+    backend = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
+    if "://" in os.environ.get("MPLBACKEND", "") and find_spec(backend) is None:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's, handed down to where it is not installed
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         print("no figures: matplotlib is not installed (pip install matplotlib)")
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return matplotlib.figure.Figure(figsize=size, layout=layout)
 
 
-def save_figure(fig, path):
-    """Write a figure as .png, whole or not at all, and close it."""
+def save_figure(fig, path, dpi=80):
+    """Write a figure as .png, whole or not at all."""
     with write_atomic(path) as file:
-        fig.savefig(file, format="png", dpi=80)
-    pyplot().close(fig)
+        fig.savefig(file, format="png", dpi=dpi)
 
 
 def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX, unit="m/s"):
@@ -60,12 +65,10 @@ def prediction_figure(path, rows):
     rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s, and optionally the gather
     (S, T, R) simulated from the prediction: then it and the residual are drawn too, on the gather's scale.
     """
-    plt = pyplot()
-    if plt is None:
+    n_columns = 6 if any(len(row) > 4 for row in rows) else 4
+    if not (fig := new_figure((3.2 * n_columns, 2.9 * len(rows)))):
         return
-    n_columns = 4 if len(rows[0]) == 4 else 6
-    size = (3.2 * n_columns, 2.9 * len(rows))
-    fig, axes = plt.subplots(len(rows), n_columns, figsize=size, squeeze=False, layout="constrained")
+    axes = fig.subplots(len(rows), n_columns, squeeze=False)
     for ax, (title, seis, truth, prediction, *simulated) in zip(axes, rows, strict=True):
         centre = len(seis) // 2
         shot = np.asarray(seis[centre], np.float32)
@@ -83,9 +86,6 @@ def prediction_figure(path, rows):
 
 def steps_figure(path, title, steps, truth, n_most=12):
     """Maps on the way of an inversion, [(what, (Z, X)), ...], at most `n_most`, and the truth or None."""
-    plt = pyplot()
-    if plt is None:
-        return
     chosen = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(n_most, len(steps)))]
     panels = [
         (what if truth is None else f"{what}\nMAE {np.abs(vel - truth).mean():.2f} m/s", vel)
@@ -93,8 +93,9 @@ def steps_figure(path, title, steps, truth, n_most=12):
     ] + ([] if truth is None else [("truth", truth)])
     n_columns = min(5, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    size = (3.2 * n_columns, 2.8 * n_rows)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    if not (fig := new_figure((3.2 * n_columns, 2.8 * n_rows))):
+        return
+    axes = fig.subplots(n_rows, n_columns, squeeze=False)
     shades = [f(vel) for _, vel in panels[-2:] for f in (np.min, np.max)]
     for ax, (what, vel) in zip(axes.flat, panels, strict=False):
         draw_map(fig, ax, what, vel, vmin=min(shades), vmax=max(shades))
@@ -106,11 +107,10 @@ def steps_figure(path, title, steps, truth, n_most=12):
 
 def calibration_figure(path, misfits, errors, families, correlation):
     """Error against misfit, a colour a family, into `path`; drawn at 0.01 m/s and 1e-5 where less."""
-    plt = pyplot()
-    if plt is None:
+    if not (fig := new_figure((6, 4.5))):
         return
     misfits, errors = np.maximum(misfits, 1e-5), np.maximum(errors, 0.01)  # inverted maps may have none
-    fig, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    ax = fig.subplots()
     for name in sorted(set(families)):
         mine = [i for i, family in enumerate(families) if family == name]
         ax.loglog(misfits[mine], errors[mine], ".", label=name)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-from report.figures import prediction_figure
 from report.scores import Score, score_table
 from utils import (
     StopSignals,
@@ -218,21 +217,6 @@ def test_a_missing_device_is_refused(monkeypatch):
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match="no MPS device"):
             pick_device("mps")
-
-
-def test_the_figure_is_a_png_with_and_without_truth(tmp_path):
-    pytest.importorskip("matplotlib")
-    vel = np.full((70, 70), 2000, np.float32)
-    prediction_figure(
-        tmp_path / "f.png", [("a", np.zeros((5, 1000, 70)), None, vel), ("b", np.ones((5, 9, 70)), vel, vel)]
-    )
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    prediction_figure(tmp_path / "f.png", [])
-    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_precisions_a_device_lacks_are_refused(monkeypatch):

@@ -16,8 +16,8 @@ class BadSteps:
     Every rank sees the same gradient norm, so all decide alike.
     """
 
-    def __init__(self, trainer, items, folder):
-        self.trainer, self.items, self.folder = trainer, items, folder
+    def __init__(self, trainer, items, log):
+        self.trainer, self.items, self.log = trainer, items, log
         self.waiting, self.in_row, self.total = None, 0, 0
 
     def add(self, norm, losses, batches, indices):
@@ -46,7 +46,8 @@ class BadSteps:
         named = [k for k, bad in enumerate(lost.tolist()) if bad or not lost.any()]
         samples = [self.name(step - 1, k, len(batches[0][0]), indices[k]) for k in named]
         rank = self.trainer.process.rank
-        append_json(self.folder / "skipped.jsonl", {"step": step, "rank": rank, "samples": samples})
+        record = {"step": step, "rank": rank, "samples": samples}
+        self.log.attempt(append_json, self.log.folder / "skipped.jsonl", record)
         # float16 finds its loss scale by overflowing: only a scale that can fall no further is a fault
         if scale() > 1:
             return
@@ -55,7 +56,7 @@ class BadSteps:
             culprit = find_culprit(self.trainer, batches)
             raise ArithmeticError(
                 f"step {step}: {self.in_row} steps in a row with a non-finite loss or gradient; {culprit}; "
-                f"samples {', '.join(samples[:4])}; {self.folder}/last.pt is from before"
+                f"samples {', '.join(samples[:4])}; {self.log.folder}/last.pt is from before"
             )
 
 

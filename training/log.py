@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openfwi.modes import preprocess
 from openfwi.npy import GATHER_SHAPE
-from utils import append_json, write_atomic
+from report.figures import prediction_figure
+from utils import append_json, read_lines, write_atomic, write_json
 
 PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)
     "H200": (67, 495, 989),
@@ -56,6 +57,15 @@ def training_flops(network, mode, device):
     return 3 * counter.get_total_flops()
 
 
+def step_of(line):
+    """The step of a line of log.jsonl; infinity of a line that is no record, such as one cut short."""
+    try:
+        step = json.loads(line)["step"]
+    except (KeyError, TypeError, ValueError):
+        return math.inf
+    return step if type(step) is int else math.inf
+
+
 class Log:
     """The log line, log.jsonl and Weights & Biases, and what is counted between two lines; rank 0 writes."""
 
@@ -65,9 +75,9 @@ class Log:
         self.flops_per_sample = 0
         if self.peak:
             self.flops_per_sample = training_flops(trainer.network, trainer.cfg.mode, trainer.process.device)
-        self.started, self.run = time.perf_counter(), None
+        self.started, self.run, self.failed = time.perf_counter(), None, set()
         if trainer.process.is_main:
-            self.drop_after(trainer.step)
+            self.attempt(self.drop_after, trainer.step)
             self.run = start_wandb(trainer.cfg, folder)
         self.reset()
 
@@ -76,16 +86,27 @@ class Log:
 
     def __exit__(self, *error):
         if self.run:
-            self.run.finish(exit_code=int(error[0] is not None))
+            self.attempt(self.run.finish, int(error[0] is not None))
+
+    def attempt(self, write, *args):
+        """Do what training can do without; that it failed is said once, and training goes on."""
+        try:
+            return write(*args)
+        except Exception as error:  # of the disk, of matplotlib, of Weights & Biases: of any kind
+            what = getattr(error, "filename", None) or write.__qualname__
+            if what not in self.failed:
+                self.failed.add(what)
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                reason = " ".join(reason.split())
+                print(f"{what}: not written ({reason}); training goes on without it", flush=True)
 
     def drop_after(self, step):
-        """Forget the records of steps that a resumed run makes again."""
+        """Forget the records of steps that a resumed run makes again, and lines that are no records."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in read_lines(path) if step_of(line) <= step]
             with write_atomic(path, "w") as file:
-                file.writelines(kept)
+                file.writelines(f"{line}\n" for line in kept)
 
     def reset(self):
         self.losses, self.data_s, self.since = [], 0.0, time.perf_counter()
@@ -96,18 +117,33 @@ class Log:
 
     def record(self, values):
         """One record to log.jsonl and Weights & Biases."""
-        append_json(self.folder / "log.jsonl", values)
+        self.attempt(append_json, self.folder / "log.jsonl", values)
         if self.run:
             flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
             for name, inner in values.items():
                 flat |= {f"{name}/{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {}
-            self.run.log(flat, step=values["step"])
+            self.attempt(self.run.log, flat, values["step"])
 
-    def figure(self, path):
-        if self.run and path.exists():
-            import wandb
+    def write_validation(self, score, mean_score, rows):
+        """metrics.json, a record, and the figure of these rows: what a validation leaves besides weights."""
+        record = {
+            "step": self.trainer.step,
+            "val_mae": score["all"][0],
+            "best_mae": self.trainer.best_mae,
+            "mean_map_mae": mean_score["all"][0],
+            "family_mae": {name: value for name, (value, _) in score.items() if name != "all"},
+        }
+        self.attempt(write_json, self.folder / "metrics.json", record)
+        self.record(record)
+        picture = self.folder / "validation.png"
+        self.attempt(prediction_figure, picture, rows)
+        if self.run and picture.exists():
+            self.attempt(self.show_figure, picture)
 
-            self.run.log({"validation": wandb.Image(str(path))}, step=self.trainer.step)
+    def show_figure(self, path):
+        import wandb
+
+        self.run.log({"validation": wandb.Image(str(path))}, self.trainer.step)
 
     def write(self):
         trainer, process = self.trainer, self.trainer.process
@@ -165,13 +201,14 @@ def start_wandb(cfg, folder):
     )
 
 
-def make_profiler(cfg, process, folder):
+def make_profiler(log):
     """With `profile`, a profiler that writes four steps as a Chrome trace into the run folder."""
-    if not (cfg.profile and process.is_main):
+    if not (log.trainer.cfg.profile and log.trainer.process.is_main):
         return contextlib.nullcontext()
+    path = str(log.folder / "trace.json")
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=2, warmup=1, active=4, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / "trace.json")),
+        on_trace_ready=lambda profiler: log.attempt(profiler.export_chrome_trace, path),
     )
 
 

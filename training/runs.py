@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from cfg import network_config
 from model import build_model
 from networks.weights import load_weights
 from openfwi.modes import preprocess
-from utils import averaged_weights, load_checkpoint, save_checkpoint, write_atomic
+from utils import averaged_weights, load_checkpoint, save_checkpoint, write_atomic, write_json
 
 
 def start_run(cfg, process):
@@ -28,8 +27,7 @@ def start_run(cfg, process):
     folder = [None]
     if process.is_main:
         folder = [new_run_folder(cfg.run_root, cfg.name)]
-        with write_atomic(folder[0] / "cfg.json", "w") as file:
-            file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        write_json(folder[0] / "cfg.json", dataclasses.asdict(cfg))
         with write_atomic(folder[0] / "env.txt", "w") as file:
             file.write(environment(process.device))
     if process.world > 1:
@@ -105,8 +103,22 @@ def save_last(trainer, folder):
         v.isfinite().all() for v in trainer.network.state_dict().values()
     ):
         return  # spoilt weights must not replace good ones; BadSteps stops such a run
-    last = folder / "last.pt"
+    save(folder / "last.pt", trainer.state(), keep_as=folder / "previous.pt")
+
+
+def save_best(trainer, folder, mae):
+    """Write the averaged weights to best.pt where their validation MAE is less than that of those in it."""
+    if mae < trainer.best_saved_mae:
+        best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
+        if save(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae}):
+            trainer.best_saved_mae = mae
+
+
+def save(path, state, keep_as=None):
+    """Write a checkpoint; a full disk is said, and training goes on. Returns whether it was written."""
     try:
-        save_checkpoint(last, trainer.state(), keep_as=folder / "previous.pt")
+        save_checkpoint(path, state, keep_as)
+        return True
     except OSError as error:
-        print(f"{last}: not written ({error.strerror}); the one before stays; free some space", flush=True)
+        print(f"{path}: not written ({error.strerror}); the one before stays; free some space", flush=True)
+        return False

@@ -18,7 +18,7 @@ from training.loss import parse_family_weights, sample_losses
 from training.optim import Schedule, build_optimizer
 from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
 
-PROGRESS = ("step", "validated", "best_mae", "since_best")
+PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
 
 
 class Trainer:
@@ -27,6 +27,7 @@ class Trainer:
     def __init__(self, cfg, process, steps_per_epoch, network=None, samples=None):
         self.cfg, self.process = cfg, process
         self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
+        self.best_saved_mae = math.inf  # of best.pt: not the best where the disk was full
         self.saved_s = time.monotonic()
         self.steps_per_epoch, self.n_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.global_batch = cfg.batch_size * cfg.accumulate * process.world
@@ -122,5 +123,5 @@ class Trainer:
                 f"start from its weights by --ckpt={name}/last.pt"
             ) from None
         for key in PROGRESS:
-            setattr(self, key, state["progress"][key])
+            setattr(self, key, state["progress"].get(key, state["progress"]["best_mae"]))
         self.schedule.set(self.step)
