@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from options.command_line import nearest, read_words
 from options.fields import Section, check_limits, check_types
-from options.help import markdown, print_help
+from options.help import markdown, print_help, written
 
 # Results that options decide, see `fields_that_decide`.
 TRAINING = "training"  # what a resumed training run must share with the run it goes on with
@@ -37,7 +37,7 @@ class Config:
     """Everything a run depends on. Sequences are written `--families=FlatVel_A,Style_B`."""
 
     # ------------------------------------------------------------------------------------------------- run
-    name: str = run("full", "run folder: runs/<number>-<name>/", programs=("train",))
+    name: str = run("baseline", "run folder: runs/<number>-<name>/", programs=("train",))
     run_root: str = run("runs", "folder of the run folders", programs=("train",))
     seed: int = run(0, "of weights, sample order and augmentation", programs=("train",), decides=(TRAINING,))
     device: str = run(
@@ -45,7 +45,7 @@ class Config:
         "auto, cpu, cuda, mps; each process takes its own card",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    gpus: str = run("auto", "cards, a process each: auto = all, or a number", programs=("train",))
+    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number", programs=("train",))
     threads: int = run(0, "CPU threads a process; 0 = this machine's cores, shared out", most=4096)
     workers: int = run(4, "threads or processes that read ahead; each holds a batch", most=1024)
     batch_size: int = run(16, "samples a process (a GPU) takes at once", above=0, most=10**6)
@@ -131,11 +131,8 @@ class Config:
     backbone: str = network(
         "convnext_small.fb_in22k_ft_in1k", "unet: any timm ConvNeXt, ConvNeXtV2, CAFormer or ConvFormer"
     )
-    pretrained: bool = network(
-        True, "unet: start from ImageNet weights, fetched by timm", decides=(TRAINING,)
-    )
-    pretrained_file: str = network(
-        "", "local weights of the backbone instead of fetching", decides=(TRAINING,)
+    pretrained: bool | str = network(
+        True, "unet: start from ImageNet weights: true = timm's, false, or a file", decides=()
     )
     norm: str = network("instance", "encoder norms: instance (baseline), layer (timm's own)")
     activation: str = network("gelu", "encoder activations: gelu (baseline), original (timm's own)")
@@ -167,7 +164,6 @@ class Config:
     lr: float = training(1e-4, "peak learning rate; users of the baseline took 1e-4 to 1e-3", above=0)
     min_lr: float = training(1e-6, "learning rate at the start of the warm-up and at the end")
     warmup_steps: int = training(500, "steps of linear rise from min_lr to lr")
-    warmup_epochs: float = training(0.0, "more of the same, in epochs")
     constant_share: float = training(
         0.0, "share of the steps after warm-up that keep lr, before the cosine", most=0.999
     )
@@ -189,8 +185,7 @@ class Config:
     # -------------------------------------------------------------------------------------------- watching
     log_every: int = watching(50, "steps between log lines", above=0)
     val_every: int = watching(1, "epochs between validations", above=0)
-    save_every: int = watching(1000, "steps between writes of last.pt, besides each validation", above=0)
-    save_minutes: float = watching(10.0, "and at the latest after these", above=0)
+    save_minutes: float = watching(10.0, "between writes of last.pt, besides each validation; 0 = every step")
     wandb: str = watching(
         "off", "Weights & Biases: off, offline, online", choices=("off", "offline", "online")
     )
@@ -215,12 +210,10 @@ class Config:
     out: str = inference("submission.csv", "the competition's CSV of the final maps", decides=())
     tta: tuple = inference(
         (),
-        "views joined with the plain one: mirror, noise, scale, stretch; bare = mirror",
+        "views joined with the plain one: mirror, noise, scale, stretch; with other weights than "
+        "theirs as mirror:1,noise:0.5; bare = mirror",
         bare=("mirror",),
         decides=(PREDICTIONS, MAPS),
-    )
-    tta_weights: tuple = inference(
-        (), "of the views: mirror:1,noise:0.5; the others as in inference/tta.py", decides=(PREDICTIONS, MAPS)
     )
     ensemble_weights: tuple = inference(
         (), "a weight for each checkpoint; none = those of --use, else equal", items=float
@@ -251,9 +244,12 @@ class Config:
     refine_iterations: int = inference(
         600, "inversion: steps cell by cell for what the searches leave; 0 = searches only"
     )
-    misfit: bool = inference(False, "simulate the final maps; write misfits to <out>.misfit.csv", decides=())
-    flag_worst: int = inference(
-        0, "list and draw this many predictions of the greatest log misfit", decides=()
+    misfit: int = inference(
+        0,
+        "> 0: simulate the final maps, write their misfits to <out>.misfit.csv, list and draw so many of the "
+        "worst; bare = 20",
+        bare=20,
+        decides=(),
     )
     figures: str = inference(
         "", "folder for figures: best, median and worst of each family; misfit against error", decides=()
@@ -276,8 +272,10 @@ class Config:
         check_limits(self)
         if not self.data_root:
             raise ValueError("--data_root: expected at least one folder")
-        if self.gpus != "auto" and not self.gpus.isdigit():
-            raise ValueError(f"--gpus={self.gpus}: expected a number or auto")
+        if self.gpus == "0":
+            raise ValueError("--gpus=0 is gone; write --device=cpu")
+        if self.gpus != "auto" and not (self.gpus.isdecimal() and int(self.gpus) > 0):
+            raise ValueError(f"--gpus={self.gpus}: expected a positive number or auto")
         for name in ("stretch", "gain", "noise_db"):
             values = getattr(self, name)
             if len(values) != 2 or values[0] > values[1]:
@@ -303,18 +301,21 @@ NETWORK_FIELDS = tuple(
     if f.metadata["section"] is network and PREDICTIONS in f.metadata["decides"]
 )
 
-SEISNEXT = {  # our network, with the options and the rate it was measured with
-    "arch": "seisnext",
-    "head": "perfect",
-    "decoder_norm": "batch",
-    "input_scaling": "signed_log",
-    "lr": 1e-3,
-    "warmup_steps": 50,
-    "weight_decay": 0.05,
+ARCHITECTURES = {  # what an architecture brings where nothing else is said
+    "seisnext": {  # the options and the rate it was measured with
+        "name": "seisnext",
+        "head": "perfect",
+        "decoder_norm": "batch",
+        "input_scaling": "signed_log",
+        "lr": 1e-3,
+        "warmup_steps": 50,
+        "weight_decay": 0.05,
+    },
+    "inversionnet": {"name": "inversionnet"},
 }
 PRESETS = {
     "baseline": {},
-    "seisnext": {"name": "seisnext", **SEISNEXT},
+    "seisnext": {"arch": "seisnext"},
     "demo": {  # simulates, trains and validates in minutes on two CPU cores
         "name": "demo",
         "data_root": ("data_demo",),
@@ -322,11 +323,18 @@ PRESETS = {
         "synth_per_family": 240,
         "split": "share",
         "workers": 1,
-        **SEISNEXT,
+        "arch": "seisnext",
         "epochs": 12,
         "batch_size": 8,
         "val_every": 4,
     },
+}
+GONE = {  # options that were, and what to write instead
+    "flag_worst": "--misfit=N, which writes all misfits and lists and draws the N worst",
+    "pretrained_file": "--pretrained=PATH",
+    "tta_weights": "--tta=mirror:1,noise:0.5",
+    "warmup_epochs": "--warmup_steps=N",
+    "save_every": "--save_minutes=M; 0 saves after every step",
 }
 
 
@@ -338,12 +346,13 @@ def parse(argv, program="train"):
     if {"-h", "--help"} & set(argv):
         print_help(Config, program, __doc__, PRESETS)
         raise SystemExit(0)
-    values = read_words(argv, Config, extra=("preset",))
+    values = read_words(argv, Config, extra=("preset",), gone=GONE)
     preset = values.pop("preset", "baseline")
     if preset not in PRESETS:
         hint = "; it is called baseline now" if preset == "full" else nearest(preset, PRESETS)
         raise ValueError(f"unknown preset {preset!r}{hint} (all: {', '.join(PRESETS)})")
-    cfg = Config(**{**PRESETS[preset], **values})
+    chosen = PRESETS[preset] | values
+    cfg = Config(**(ARCHITECTURES.get(chosen.get("arch"), {}) | chosen))
     cfg.given = frozenset(values)
     return cfg
 
@@ -351,17 +360,29 @@ def parse(argv, program="train"):
 def network_config(cfg, checkpoint):
     """`cfg` with the network its checkpoint was trained with (a bare state dict brings none).
 
-    Raises ValueError when the command line asked for another network.
+    Raises ValueError when the command line asked for another network, and for damaged options.
     """
-    saved = {name: checkpoint["cfg"][name] for name in NETWORK_FIELDS if name in checkpoint.get("cfg", {})}
-    for name, value in saved.items():
-        if name in cfg.given and getattr(cfg, name) != value:
+    options = checkpoint.get("cfg") or {}
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"{cfg.ckpt}: its options are a {type(options).__name__}, expected a dictionary; it is damaged"
+        )
+    saved = {name: options[name] for name in NETWORK_FIELDS if name in options}
+    brought = ARCHITECTURES.get(str(saved.get("arch")), {})
+    brought = {name: brought[name] for name in NETWORK_FIELDS if name in brought and name not in cfg.given}
+    try:
+        mine = dataclasses.replace(cfg, **(brought | saved), pretrained=False)
+    except ValueError as error:
+        raise ValueError(f"{cfg.ckpt}: its options do not fit: {error}") from None
+    for name in saved:
+        if name in cfg.given and getattr(cfg, name) != getattr(mine, name):
             raise ValueError(
-                f"{cfg.ckpt}: trained with --{name}={value}, asked for --{name}={getattr(cfg, name)}; "
+                f"{cfg.ckpt}: trained with --{name}={written(getattr(mine, name))}, "
+                f"asked for --{name}={written(getattr(cfg, name))}; "
                 f"leave out --{name}, or give another checkpoint"
             )
-    return dataclasses.replace(cfg, **saved, pretrained=False)
+    return mine
 
 
 if __name__ == "__main__":
-    print(markdown(Config, PRESETS), end="")
+    print(markdown(Config, PRESETS, ARCHITECTURES), end="")

@@ -1,4 +1,4 @@
-"""Predict velocity maps: `python infer.py --ckpt runs/001-full/best.pt --input DIR --out submission.csv`.
+"""Predict velocity maps: `python infer.py --ckpt runs/001-baseline/best.pt --input DIR --out submission.csv`.
 
 --input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files of (n, 5, 1000, 70), or
 folders of either. Each network predicts all gathers; the predictions are joined, post-processed, refined
@@ -78,7 +78,7 @@ class Run:
         self.fitted = load_fit(cfg.use, len(checkpoint_paths(cfg.ckpt))) if cfg.use else {}
         self.ensemble = Ensemble(cfg, device, self.fitted.get("ensemble_weights"))
         refines = cfg.refine != "none"
-        self.needs_misfit = bool(cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo or refines)
+        self.needs_misfit = bool(cfg.misfit or cfg.figures or cfg.pseudo or refines)
         self.needs_families = bool(cfg.post or cfg.fit or cfg.pseudo or refines)  # costs another pass
 
     @property

@@ -182,7 +182,6 @@ def check_model(cfg):
             len(widths) != N_LEVELS or not all(type(n) is int and n > 0 for n in widths)
         ),
         f"--width={cfg.width}: expected 1 or more": cfg.width < 1,
-        f"--drop_path={cfg.drop_path}: expected a share below 1": cfg.drop_path >= 1,
         f"--scse divides widths by 16, got --decoder_channels={widths}; use 16 or more": (
             cfg.scse and min(widths, default=0) < 16
         ),

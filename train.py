@@ -160,7 +160,7 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
             profiler.step()
         if trainer.step % cfg.log_every == 0 or trainer.step == trainer.n_steps:
             log.write()
-        if trainer.step % cfg.save_every == 0 or time.monotonic() - trainer.saved_s > 60 * cfg.save_minutes:
+        if time.monotonic() - trainer.saved_s >= 60 * cfg.save_minutes:
             save_last(trainer, log.folder)
         if stop.agree():
             break

@@ -35,7 +35,7 @@ from utils import append_json, processes, read_lines, run_program, seed_all
 
 # options of cfg.py: one rate for all, tuned for none; the budget ends a run, nothing is logged or saved
 COMMON = "lr=1e-3 min_lr=1e-5 weight_decay=0.05 batch_size=8 pretrained=false precision=float32 device=cpu "
-COMMON += "threads=1 workers=0 epochs=1000000 log_every=1000000000 save_every=1000000000 save_minutes=1e9"
+COMMON += "threads=1 workers=0 epochs=1000000 log_every=1000000000 save_minutes=1e9"
 BASELINE = "arch=unet backbone=convnext_atto head=crop"
 OURS = "arch=seisnext head=perfect decoder_norm=batch input_scaling=signed_log"
 OF_OURS = (

@@ -82,7 +82,7 @@ class Ensemble:
 
     def __init__(self, cfg, device, fitted_weights=None):
         paths = checkpoint_paths(cfg.ckpt)
-        self.views, self.combine = make_views(cfg.tta, cfg.tta_weights), cfg.combine
+        self.views, self.combine = make_views(cfg.tta), cfg.combine
         self.weights = shares(cfg.ensemble_weights, fitted_weights, len(paths))
         self.members = [Member(cfg, path, device) for path in paths]
 

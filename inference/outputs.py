@@ -93,14 +93,14 @@ def write_outputs(run, predictions, results):
                 np.save(file, vel)
     if cfg.refine != "none":
         write_traces(beside(cfg, "trace.jsonl"), oids, results)
-    if cfg.misfit or cfg.flag_worst or cfg.figures or cfg.pseudo:
+    if cfg.misfit or cfg.figures or cfg.pseudo:
         write_misfits(beside(cfg, "misfit.csv"), oids, results, families, errors)
         print_warnings(oids, results)
         print_misfits(results, errors)
     if cfg.figures:
         draw_figures(run, results, families, errors)
-    if cfg.flag_worst:
-        worst = np.argsort(-results["log_misfit"], kind="stable")[: cfg.flag_worst].tolist()
+    if cfg.misfit:
+        worst = np.argsort(-results["log_misfit"], kind="stable")[: cfg.misfit].tolist()
         for i in worst:
             print(f"do not trust {oids[i]}: log misfit {results['log_misfit'][i]:.3f}")
         draw(beside(cfg, "worst.png"), worst, run, results)

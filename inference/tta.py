@@ -70,31 +70,29 @@ VIEWS = {  # name: its views
 }
 
 
-def make_views(names, weights=()):
-    """The plain view and those named; `weights`, as ("mirror:1", "noise:0.5"), replace a kind's own.
+def make_views(words):
+    """The plain view and those named, as "mirror", or "noise:0.5" with a weight in place of the kind's own.
 
-    The views' weights sum to one. Raises ValueError for unknown names and weights that are no shares.
+    The views' weights sum to one. Raises ValueError for unknown names and impossible weights.
     """
-    given = {}
-    for word in weights:
-        name, _, number = word.partition(":")
+    given = {"plain": None}
+    for word in words:
+        name, colon, number = word.partition(":")
         try:
-            given[name] = float(number)
+            given[name] = float(number) if colon else None
         except ValueError:
             given[name] = -1.0
-        if name not in VIEWS or not 0 <= given[name] < float("inf"):
+        if name not in VIEWS or not (given[name] is None or 0 <= given[name] < float("inf")):
             raise ValueError(
-                f"--tta_weights={word}: expected NAME:WEIGHT of {', '.join(VIEWS)}, as noise:0.5"
+                f"--tta={word}: expected names of {', '.join(VIEWS)}, divided by commas, "
+                "with weights where you like, as mirror:1,noise:0.5"
             )
-    for name in names:
-        if name not in VIEWS:
-            raise ValueError(f"--tta={name}: expected some of {', '.join(VIEWS)}, divided by commas")
     views = []
-    for name in dict.fromkeys(("plain", *names)):
-        views += [View(v.name, given.get(name, v.weight), v.there, v.back) for v in VIEWS[name]]
+    for name, weight in given.items():
+        views += [View(v.name, v.weight if weight is None else weight, v.there, v.back) for v in VIEWS[name]]
     total = sum(view.weight for view in views)
     if total <= 0:
-        raise ValueError("--tta_weights: all are 0; give one view a positive weight")
+        raise ValueError(f"--tta={','.join(words)}: all weights are 0; give one view a positive weight")
     return [View(v.name, v.weight / total, v.there, v.back) for v in views]
 
 

@@ -90,7 +90,7 @@ def _replace(module, choose):
             setattr(module, name, chosen)
 
 
-OTHERWISE = "use --pretrained_file=PATH (timm weights, .safetensors or .pth) or --pretrained=false"
+OTHERWISE = "use --pretrained=PATH (timm weights, .safetensors or .pth) or --pretrained=false"
 
 
 def timm_encoder(cfg):
@@ -122,10 +122,10 @@ def _pretrained(cfg):
     """Where timm finds ImageNet weights, as its arguments: a given file, the download cache, the network."""
     if not cfg.pretrained:
         return {}
-    path = cfg.pretrained_file
-    if path and not Path(path).is_file():
-        raise ValueError(f"--pretrained_file={path}: no such file; {OTHERWISE}")
-    if not path:
+    path = cfg.pretrained
+    if path is not True and not Path(path).is_file():
+        raise ValueError(f"--pretrained={path}: no such file; {OTHERWISE}")
+    if path is True:
         source = timm.get_pretrained_cfg(cfg.backbone)
         if source is None or not source.hf_hub_id:
             raise ValueError(f"--backbone={cfg.backbone}: timm has no pretrained weights of it; {OTHERWISE}")

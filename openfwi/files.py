@@ -215,6 +215,14 @@ class FilePair:
     is_half = property(lambda self: self.gathers.dtype == np.float16)
 
 
+def check_folder(root):
+    """Raise ValueError unless a folder of training files is there."""
+    if not Path(root).is_dir():
+        raise ValueError(
+            f"{root}: no such folder; give the OpenFWI or Kaggle training files by --data_root=DIR"
+        )
+
+
 def scan(roots, families=()):
     """Find every file pair under `roots`, headers only: (pairs, what is wrong with others, a line each).
 
@@ -224,10 +232,7 @@ def scan(roots, families=()):
     wanted = [check_family(family) for family in families]
     pairs, problems, seen = [], [], set()
     for root in roots:
-        if not Path(root).is_dir():
-            raise ValueError(
-                f"{root}: no such folder; give the OpenFWI or Kaggle training files by --data_root=DIR"
-            )
+        check_folder(root)
         files = find_files(root, ANY_NPY, problems)
         say_unknown_names(files)
         files = [path for path in files if SEIS_NAME.fullmatch(path.name)]

@@ -14,10 +14,12 @@ def nearest(word, words, prefix=""):
     return f"; did you mean {prefix}{by_lower[match[0]]}?" if match else ""
 
 
-def read_words(argv, options, extra=()):
+def read_words(argv, options, extra=(), gone=None):
     """The values that `--name=value`, `--name value` and `--name` set, {name: value}; later words win.
 
     options: a dataclass declared by `options.fields.Section`. extra: further names, whose values are text.
+    gone: names that were, and what to write instead.
+
     Raises ValueError, one line, for unknown names and values of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
@@ -26,6 +28,8 @@ def read_words(argv, options, extra=()):
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
+        if word.startswith("--") and name in (gone or {}):
+            raise ValueError(f"--{name} is gone; write {gone[name]}")
         if not word.startswith("--") or (name not in fields and name not in extra):
             raise ValueError(f"unknown option {word.partition('=')[0]}{nearest(name, fields, '--')}")
         if not equals:
@@ -44,7 +48,7 @@ def _value_after(name, field, words):
         return words.pop(0)
     if field and field.metadata["bare"] is not None:
         return "true"
-    raise ValueError(f"--{name} needs a value: --{name}={kind.__name__}")
+    raise ValueError(f"--{name} needs a value: --{name}={getattr(kind, '__name__', 'VALUE')}")
 
 
 def _convert(field, text):

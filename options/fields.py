@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+ITEMS = {str: "words, as strings", int: "whole numbers", float: "numbers"}
 MOST = {int: 10**9, float: 1e12}  # what a number may be where its field says nothing else
 
 
@@ -79,11 +80,8 @@ def check_limits(options):
         elif field.type is tuple:
             kind = limits["items"]
             for item in value:
-                if kind is str and not isinstance(item, str):
-                    raise ValueError(f"{field.name} = {value}: expected words, as strings")
-                if kind is not str and (type(item) not in (int, kind)):
-                    what = "whole numbers" if kind is int else "numbers"
-                    raise ValueError(f"{field.name} = {value}: expected {what}")
+                if type(item) is not kind and not (type(item) is int and kind is float):
+                    raise ValueError(f"{field.name} = {value}: expected {ITEMS[kind]}")
                 if kind is not str:
                     _check_number(field.name, item, ",".join(map(str, value)), kind, limits)
 

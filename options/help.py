@@ -49,8 +49,8 @@ def _left(field):
     return f"--{field.name}={written(field.default)}"
 
 
-def markdown(options, presets):
-    """docs/config.md: every section as a table, then the presets."""
+def markdown(options, presets, architectures):
+    """docs/config.md: every section as a table, then presets and what architectures bring."""
     lines = [
         "# Options",
         "",
@@ -64,8 +64,9 @@ def markdown(options, presets):
             default = f"`{written(field.default)}`" if written(field.default) else "none"
             programs = ", ".join(f"{name}.py" for name in field.metadata["programs"])
             lines.append(f"| `--{field.name}` | {default} | {field.metadata['meaning']} | {programs} |")
-    lines += ["", "## Presets", "", "| preset | options |", "|---|---|"]
-    for name, values in presets.items():
-        words = " ".join(f"`--{key}={written(value)}`" for key, value in values.items()) or "the defaults"
-        lines.append(f"| `{name}` | {words} |")
+    for title, table in (("preset", presets), ("arch", architectures)):
+        lines += ["", f"## What each `--{title}` sets", "", f"| {title} | options |", "|---|---|"]
+        for name, values in table.items():
+            words = " ".join(f"`--{key}={written(value)}`" for key, value in values.items())
+            lines.append(f"| `{name}` | {words or 'the defaults'} |")
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-/kaggle/input/waveform-inversion}
 WEIGHTS=--pretrained=false
-if [ -n "${PRETRAINED:-}" ]; then WEIGHTS=--pretrained_file="$PRETRAINED"; fi
+if [ -n "${PRETRAINED:-}" ]; then WEIGHTS=--pretrained="$PRETRAINED"; fi
 python train.py --data_root="$DATA/train_samples" --name=kaggle "$WEIGHTS" --precision=float16 \
   --batch_size=16 --lr=3e-4 --epochs=40 --workers=2 --resume=auto
 python infer.py --ckpt="$(ls -d runs/*-kaggle | tail -1)/best.pt" --input="$DATA/test" --tta --out=submission.csv

@@ -26,7 +26,8 @@ torch.set_num_threads(1)  # tests are small; more threads only wait for each oth
 
 
 # a network and a schedule that train in seconds
-NETWORK_WORDS = ["--arch=seisnext", "--head=perfect", "--width=16", "--decoder_channels=16,8,8"]
+NETWORK_WORDS = ["--arch=seisnext", "--width=16", "--decoder_channels=16,8,8"]
+NETWORK_WORDS += ["--decoder_norm=none", "--input_scaling=none"]
 SMALL = [
     *NETWORK_WORDS,
     "--workers=0",
@@ -38,7 +39,12 @@ SMALL = [
     "--threads=1",
 ]
 CPU = Process(torch.device("cpu"))
-NETWORK = {"arch": "seisnext", "head": "perfect", "width": 16, "decoder_channels": (16, 8, 8)}  # as in SMALL
+NETWORK = {
+    "arch": "seisnext",
+    "head": "perfect",
+    "width": 16,
+    "decoder_channels": (16, 8, 8),
+}  # as NETWORK_WORDS
 
 
 @pytest.fixture(autouse=True, scope="session")

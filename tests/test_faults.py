@@ -19,7 +19,7 @@ from training import loader
 from utils import load_checkpoint
 
 N_KILLS = int(os.environ.get("N_KILLS", 3))  # EXPERIMENTS.md has 20
-OPTIONS = [*SMALL, "--val_share=0.25", "--batch_size=2", "--epochs=4", "--save_every=1", "--name=fault"]
+OPTIONS = [*SMALL, "--val_share=0.25", "--batch_size=2", "--epochs=4", "--save_minutes=0", "--name=fault"]
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_a_bare_state_dict_may_have_its_options_beside_it(run, checkpoint, secon
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(checkpoint, weights_only=True), bare)
     options = tmp_path / "bare.json"
-    options.write_text(json.dumps(NETWORK))
+    options.write_text(json.dumps(NETWORK | {"decoder_norm": "none", "input_scaling": "none"}))
     _, with_options = run(ckpt=f"{bare},{bare}", name="a.csv")
     assert with_options.read_bytes() == run(name="b.csv")[1].read_bytes()
     options.write_text("{")
@@ -196,9 +196,7 @@ def test_a_chain_of_steps_is_applied_and_scored_one_by_one(run, pairs, capsys):
 def test_misfits_are_those_of_the_simulated_predictions(run, pairs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     maps = tmp_path / "maps"
-    score, out = run(
-        "--truth", pairs, "--misfit", "--flag-worst=2", "--figures", tmp_path / "figures", "--save_maps", maps
-    )
+    score, out = run("--truth", pairs, "--misfit=2", "--figures", tmp_path / "figures", "--save_maps", maps)
     rows = list(csv.DictReader((tmp_path / "s.misfit.csv").open()))
     assert [row["oid"] for row in rows] == maps_of(out)[0]
     for gather, row in zip(find_gathers(pairs), rows, strict=True):
@@ -293,7 +291,7 @@ def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, ca
         (["--post=statistical_correction"], "needs statistics"),
         (["--fit=f.json"], "--fit needs the true maps"),
         (["--use=none.json"], "none.json"),
-        (["--tta=flip"], "--tta=flip: expected some of"),
+        (["--tta=flip"], "--tta=flip: expected names of"),
         (["--ensemble_weights=1,2"], "expected 1, one a checkpoint"),
         (["--ensemble_weights=0"], "not all 0"),
         (["--pseudo_family=Flat"], "unknown family 'Flat'"),

@@ -235,7 +235,7 @@ def test_training_on_a_packed_copy_is_training_on_the_rounded_gathers(tmp_path, 
         ]
         train.main([*words, "--batch_size=2", "--epochs=1"])
         maes.append(
-            json.loads((tmp_path / name / "runs" / "001-full" / "metrics.json").read_text())["val_mae"]
+            json.loads((tmp_path / name / "runs" / "001-baseline" / "metrics.json").read_text())["val_mae"]
         )
     assert maes[0] == pytest.approx(maes[1], rel=1e-3)
     items, _ = load_items(Config(data_root=(str(tmp_path / "packed"),), mode=mode))

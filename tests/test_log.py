@@ -28,12 +28,12 @@ def test_weights_and_biases_offline_keeps_its_id_when_resumed(train_here, tmp_pa
     monkeypatch.setattr(
         wandb.Run, "log", lambda self, values, step: logged.append((self.id, step, set(values)))
     )
-    folder = train_here("--wandb=offline", "--save_every=1")
+    folder = train_here("--wandb=offline", "--save_minutes=0")
     name = (folder / "wandb_id.txt").read_text()
     assert list(folder.glob("wandb/offline-run-*"))
     keys = set().union(*(values for _, _, values in logged))
     assert {"mae", "lr", "val_mae", "family_mae/Style_B"} <= keys
-    resumed = [f"--resume={folder}", "--wandb=offline", "--save_every=1"]
+    resumed = [f"--resume={folder}", "--wandb=offline", "--save_minutes=0"]
     (folder / "last.pt").unlink()  # previous.pt is from a step earlier
     train_here(*resumed)
     assert {id for id, _, _ in logged} == {name}

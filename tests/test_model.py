@@ -210,7 +210,7 @@ def imagenet(tmp_path):
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_local_file_of_timm_weights_fills_the_encoder(imagenet, suffix):
     folder, state = imagenet
-    net = network(pretrained=True, pretrained_file=str(folder / f"atto.{suffix}"))
+    net = network(pretrained=str(folder / f"atto.{suffix}"))
     first, second = net.backbone.stem_0[1].weight, net.backbone.stem_0[2].weight
     assert torch.allclose(first, 0.6 * state["stem.0.weight"].repeat(1, 2, 1, 1)[:, :5])
     assert torch.equal(second[:, 35:40], first) and second.shape == (40, 40, 4, 4)
@@ -224,7 +224,7 @@ def test_pretrained_weights_that_cannot_be_had_are_one_line_with_a_way_out(image
     (folder / "bad.pth").write_bytes(b"not weights")
     for file in ("none.pth", "bad.safetensors", "bad.pth", "atto.pth"):
         with pytest.raises(ValueError, match="--pretrained=false") as error:
-            network(backbone="convnext_femto", pretrained=True, pretrained_file=str(folder / file))
+            network(backbone="convnext_femto", pretrained=str(folder / file))
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no pretrained weights of it"):
         network(backbone="convnextv2_small", pretrained=True)
@@ -234,7 +234,7 @@ def test_pretrained_weights_that_cannot_be_had_are_one_line_with_a_way_out(image
 
     monkeypatch.setattr(encoder.huggingface_hub, "try_to_load_from_cache", lambda *args: None)
     monkeypatch.setattr(encoder, "urlopen", unreachable)
-    with pytest.raises(ValueError, match="cannot be reached; use --pretrained_file=PATH"):
+    with pytest.raises(ValueError, match="cannot be reached; use --pretrained=PATH"):
         network(pretrained=True)
 
 

@@ -254,14 +254,14 @@ RUN = (*SMALL, "--batch_size=2", "--epochs=1", "--online=0.5", "--online_maps=va
 def run(files, root, *args):
     npy.open_array.cache_clear()
     train.main([f"--data_root={files}", f"--run_root={root}", *RUN, *args])
-    return load_checkpoint(sorted(root.glob("*-full"))[-1] / "last.pt")
+    return load_checkpoint(sorted(root.glob("*-seisnext"))[-1] / "last.pt")
 
 
 def test_a_run_with_online_simulation_resumes_bit_for_bit(files, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    options = ("--noise_p=0.5", "--stretch_p=0.5", "--save_every=2")
+    options = ("--noise_p=0.5", "--stretch_p=0.5", "--save_minutes=0")
     once, again = (f"--online_cache={tmp_path / name}" for name in ("once", "again"))
     whole_run = run(files, tmp_path / "a", once, *options)
     step = train.train_step
@@ -294,7 +294,7 @@ def test_a_simulated_sample_that_makes_a_step_non_finite_is_named_as_one(files, 
 
     monkeypatch.setattr(Cached, "sample", spoilt)
     run(files, tmp_path, f"--online_cache={tmp_path / 'cache'}")
-    (line,) = [json.loads(line) for line in next(tmp_path.glob("*-full/skipped.jsonl")).open()]
+    (line,) = [json.loads(line) for line in next(tmp_path.glob("*-seisnext/skipped.jsonl")).open()]
     chunk, index = lanes.sample(0, 1)
     simulated = f"simulated {plan.family(chunk)[0]}, chunk {chunk}[{index}]"
     assert line["step"] == 2 and line["samples"][0] == simulated

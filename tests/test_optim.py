@@ -17,9 +17,9 @@ MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch h
 
 
 def test_the_schedule_warms_up_holds_and_falls():
-    cfg = Config(lr=1.0, min_lr=0.0, warmup_steps=2, warmup_epochs=0.4, constant_share=0.25, **NETWORK)
+    cfg = Config(lr=1.0, min_lr=0.0, warmup_steps=4, constant_share=0.25, **NETWORK)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)
-    schedule = Schedule(optimizer, cfg, n_steps=20, steps_per_epoch=5)
+    schedule = Schedule(optimizer, cfg, n_steps=20)
     rates = []
     for step in range(21):
         schedule.set(step)
@@ -46,7 +46,7 @@ def test_muon_takes_each_parameter_once_and_moves_kernels_like_adamw_moves_them(
 
 @MUON
 def test_a_run_with_muon_resumes_bit_for_bit(train_here):
-    whole = load_checkpoint(train_here("--optimizer=muon", "--save_every=1") / "last.pt")
+    whole = load_checkpoint(train_here("--optimizer=muon", "--save_minutes=0") / "last.pt")
     trainer = Trainer(Config(**whole["cfg"]), CPU, 4)
     trainer.restore(whole, "run")
     again = Trainer(Config(**whole["cfg"]), CPU, 4)

@@ -22,7 +22,7 @@ def stopped(tmp_path, monkeypatch):
     """A run of two epochs over data/ that stopped after three of its eight steps: (folder, state, words)."""
     for family in ("FlatVel_A", "Style_B"):
         write_pair(tmp_path / "data", family, n=6)
-    words = [*SMALL, f"--run_root={tmp_path / 'runs'}", "--batch_size=2", "--epochs=2", "--save_every=1"]
+    words = [*SMALL, f"--run_root={tmp_path / 'runs'}", "--batch_size=2", "--epochs=2", "--save_minutes=0"]
     step = train.train_step
 
     def stop_at_three(trainer, batches):
@@ -34,7 +34,7 @@ def stopped(tmp_path, monkeypatch):
     with pytest.raises(InterruptedError):
         train.main([f"--data_root={tmp_path / 'data'}", *words])
     monkeypatch.setattr(train, "train_step", step)
-    folder = tmp_path / "runs" / "001-full"
+    folder = tmp_path / "runs" / "001-seisnext"
     return folder, load_checkpoint(folder / "last.pt"), words
 
 
@@ -61,7 +61,7 @@ def test_a_run_brings_its_options_along(stopped, tmp_path, capsys):
     assert "going on with its own" in (out := capsys.readouterr().out) and "width=16" in out
     cfg = load_checkpoint(folder / "last.pt")["cfg"]
     names = set(fields_that_decide(TRAINING)) - {"pretrained"}  # whose weights have been trained since
-    assert all(cfg[name] == state["cfg"][name] for name in names | {"batch_size", "save_every"})
+    assert all(cfg[name] == state["cfg"][name] for name in names | {"batch_size", "save_minutes"})
 
 
 @pytest.mark.parametrize("change", ["came", "went", "changed"])
@@ -107,10 +107,29 @@ def test_what_is_given_again_must_agree(stopped, tmp_path):
     folder, state, words = stopped
     cfg = Config(lr=5e-4, resume="auto")
     cfg.given = frozenset(["lr"])
-    with pytest.raises(ValueError, match="another configuration .lr: 0.0001 there, 0.0005 here"):
+    with pytest.raises(ValueError, match="another configuration .lr: 0.001 there, 0.0005 here"):
         resumed_config(cfg, folder, state)
     cfg.given = frozenset()
-    assert resumed_config(cfg, folder, state).lr == 1e-4
+    assert resumed_config(cfg, folder, state).lr == 1e-3
+
+
+def test_runs_of_older_versions_go_on_unless_a_dropped_option_decided_them(stopped, tmp_path):
+    folder, state, words = stopped
+    old = {
+        "warmup_epochs": 0.0,
+        "save_every": 1000,
+        "pretrained_file": "",
+        "tta_weights": [],
+        "misfit": False,
+    }
+    state["cfg"] |= {**old, "name": "full", "flag_worst": 0, "gpus": "0"}
+    save_checkpoint(folder / "last.pt", state)
+    folder = folder.rename(folder.with_name("001-full"))
+    train.main([f"--run_root={folder.parent}", "--resume=auto", "--device=cpu", "--threads=1"])
+    assert last_step(folder) == 8 and len(list(folder.parent.iterdir())) == 1
+    state["cfg"]["warmup_epochs"] = 0.5
+    with pytest.raises(ValueError, match="trained with --warmup_epochs=0.5, which is gone; start anew"):
+        resumed_config(Config(), folder, state)
 
 
 @pytest.mark.parametrize(
@@ -149,5 +168,5 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(stopped, capsys)
 def test_two_cannot_go_on_with_one_run_at_once(stopped, tmp_path, monkeypatch):
     folder, _, words = stopped
     monkeypatch.setattr(train, "sole_use", lambda folder, sole_use=train.sole_use: sole_use(folder, 0.1))
-    with train.sole_use(folder), pytest.raises(ValueError, match="001-full: in use by process"):
+    with train.sole_use(folder), pytest.raises(ValueError, match="001-seisnext: in use by process"):
         train.main([f"--data_root={tmp_path / 'data'}", *words, "--resume=auto"])

@@ -15,10 +15,10 @@ def test_run_folders_are_numbered_through_all_names(tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(train_here, tmp_path, capsys, refuses):
-    folder = train_here("--save_every=1")
+    folder = train_here("--save_minutes=0")
     good = load_checkpoint(folder / "last.pt")["model"]
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:500])
-    train_here(f"--resume={folder}", "--save_every=1")
+    train_here(f"--resume={folder}", "--save_minutes=0")
     assert "going on from" in capsys.readouterr().out
     again = load_checkpoint(folder / "last.pt")["model"]
     assert all(torch.equal(good[k], again[k]) for k in good)

@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, NETWORK, ROOT, SMALL, random_batch, write_pair
 
 import train
-from cfg import Config
+from cfg import Config, parse
 from train import train_step
 from training.trainer import Trainer
 from utils import load_checkpoint, pick_precision, seed_all
@@ -29,7 +29,7 @@ def files(tmp_path_factory):
 
 def run(files, root, *args):
     train.main([f"--data_root={files}", f"--run_root={root}", *SMALL, *args])
-    return sorted(root.glob("*-full"))[-1]
+    return sorted(root.glob("*-seisnext"))[-1]
 
 
 def torchrun(n, *args, program=ROOT / "train.py"):
@@ -62,7 +62,7 @@ def test_a_run_leaves_its_whole_record(finished):
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(finished):
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     rates = [r["lr"] for r in log if "lr" in r]
-    cfg = Config()
+    cfg = parse(SMALL)
     assert rates[0] == pytest.approx((cfg.lr + cfg.min_lr) / 2) and rates[1] == pytest.approx(cfg.lr)
     expected = [cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(1, 7)]
     assert rates[2:] == pytest.approx(expected)
@@ -79,16 +79,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(files, finished,
             raise Stopped
         return step(trainer, batches)
 
-    args = ("--epochs=2", "--batch_size=2", "--save_every=3")
+    args = ("--epochs=2", "--batch_size=2", "--save_minutes=0")
     monkeypatch.setattr(train, "train_step", stop_at_seven)
     with pytest.raises(Stopped):
         run(files, tmp_path, *args)
     assert (
-        load_checkpoint(tmp_path / "001-full" / "last.pt")["progress"]["step"] == 6
+        load_checkpoint(tmp_path / "001-seisnext" / "last.pt")["progress"]["step"] == 6
     )  # in the middle of epoch 1
     monkeypatch.setattr(train, "train_step", step)
     folder = run(files, tmp_path, *args, "--resume=auto")
-    assert folder.name == "001-full"
+    assert folder.name == "001-seisnext"
     whole, resumed = load_checkpoint(finished / "last.pt"), load_checkpoint(folder / "last.pt")
     assert whole["progress"] == resumed["progress"] and whole["progress"]["step"] == 8
     for part in ("model", "ema"):
@@ -134,7 +134,7 @@ def test_two_ranks_train_like_one_of_twice_the_batch_over_20_steps(files, tmp_pa
         program = apart_program if name == "alone" else ROOT / "train.py"
         result = torchrun(world, *args, *options, f"--run_root={tmp_path / name}", program=program)
         assert result.returncode == 0, result.stderr
-        state = load_checkpoint(tmp_path / name / "001-full" / "last.pt")
+        state = load_checkpoint(tmp_path / name / "001-baseline" / "last.pt")
         assert state["progress"]["step"] == 20
         runs[name] = state["model"]
     cfg = Config(**state["cfg"])
@@ -195,9 +195,7 @@ def test_bad_options_are_one_line(files, finished, tmp_path, refuses):
     refuse("--family_weights=Style_B", words=["expected NAME:WEIGHT"])
     refuse("--eval_only", words=["--eval_only needs a checkpoint"])
     refuse(f"--resume={tmp_path}", words=["no last.pt to resume from"])
-    refuse(
-        f"--resume={finished}", "--lr=5e-4", words=["another configuration (lr: 0.0001 there, 0.0005 here"]
-    )
+    refuse(f"--resume={finished}", "--lr=5e-4", words=["another configuration (lr: 0.001 there, 0.0005 here"])
     refuse(f"--ckpt={finished / 'best.pt'}", "--width=32", words=["leave out --width"])
     refuse(
         f"--run_root={finished / 'best.pt'}",

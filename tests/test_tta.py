@@ -21,7 +21,7 @@ def test_the_full_set_has_at_least_five_views_whose_weights_sum_to_one():
 
 
 def test_weights_given_replace_their_kind_and_are_normalised():
-    views = {view.name: view.weight for view in make_views(("mirror", "noise"), ("mirror:2", "noise:0.5"))}
+    views = {view.name: view.weight for view in make_views(("mirror:2", "noise:0.5"))}
     assert views == pytest.approx({"plain": 0.25, "mirror": 0.5, "noise 1": 0.125, "noise 2": 0.125})
 
 
@@ -91,15 +91,16 @@ def test_what_a_network_gives_beyond_numbers_is_not_hidden_by_the_range(value):
 
 
 @pytest.mark.parametrize(
-    "names, weights, message",
+    "words, message",
     [
-        (("mirrors",), (), "--tta=mirrors: expected some of plain, mirror"),
-        (("mirror",), ("mirror",), "--tta_weights=mirror: expected NAME:WEIGHT"),
-        (("mirror",), ("mirror:-1",), "--tta_weights=mirror:-1: expected NAME:WEIGHT"),
-        (("mirror",), ("flip:1",), "--tta_weights=flip:1: expected NAME:WEIGHT"),
-        ((), ("plain:0",), "all are 0"),
+        (("mirrors",), "--tta=mirrors: expected names of plain, mirror"),
+        (("mirror:",), "--tta=mirror:: expected names of"),
+        (("mirror:-1",), "--tta=mirror:-1: expected names of"),
+        (("mirror:nan",), "--tta=mirror:nan: expected names of"),
+        (("flip:1",), "--tta=flip:1: expected names of"),
+        (("plain:0", "mirror:0"), "--tta=plain:0,mirror:0: all weights are 0"),
     ],
 )
-def test_unknown_views_and_weights_that_are_none_are_refused(names, weights, message):
+def test_unknown_views_and_impossible_weights_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        make_views(names, weights)
+        make_views(words)

@@ -7,16 +7,14 @@ import sys
 import torch
 
 from model import check_model
-from openfwi.files import find_pairs
+from openfwi.files import check_folder, find_pairs
 from training.loss import parse_family_weights
 from utils import check_writable
 
 
 def adapted(cfg):
     """The configuration with what its switches imply."""
-    changes = {"device": "cpu"} if cfg.gpus == "0" else {}
-    if cfg.smoke:
-        changes |= {"epochs": 1, "log_every": 1}
+    changes = {"epochs": 1, "log_every": 1} if cfg.smoke else {}
     if cfg.overfit:
         changes |= {"flip_p": 0.0, "batch_size": min(cfg.batch_size, cfg.overfit)}
     changed = dataclasses.replace(cfg, **changes)
@@ -28,6 +26,8 @@ def check_config(cfg):
     """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
     if cfg.eval_only and not cfg.ckpt:
         raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
+    for root in (*(() if cfg.synth_per_family else cfg.data_root), *cfg.val_root):
+        check_folder(root)  # before the network's weights are looked for
     check_model(cfg)
     parse_family_weights(cfg.family_weights)
     check_writable(cfg.run_root)

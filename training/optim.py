@@ -69,8 +69,8 @@ def build_optimizer(network, cfg):
 class Schedule:
     """Linear warm-up, constant share, cosine fall to min_lr, in steps: timm's CosineLRScheduler."""
 
-    def __init__(self, optimizer, cfg, n_steps, steps_per_epoch):
-        self.warmup = cfg.warmup_steps + round(cfg.warmup_epochs * steps_per_epoch)
+    def __init__(self, optimizer, cfg, n_steps):
+        self.warmup = cfg.warmup_steps
         self.hold = round(cfg.constant_share * max(0, n_steps - self.warmup))
         self.timm = CosineLRScheduler(
             optimizer,

@@ -22,12 +22,12 @@ STATE = {  # what a checkpoint of a run holds, and its type
     "cfg": dict,
 }
 COUNTS = ("step", "validated", "since_best")  # of the progress, besides "best_mae"
-# Not compared: files are compared by what was indexed, and initial weights have been trained since.
-COMPARED_OTHERWISE = ("data_root", "val_root", "pretrained", "pretrained_file")
+# Not compared: files are compared by what was indexed.
+COMPARED_OTHERWISE = ("data_root", "val_root")
 # What belongs to the call, not to the run that it starts or goes on with.
 OF_THIS_CALL = (
     *("run_root", "device", "gpus", "threads", "workers", "resume", "ckpt"),
-    *("eval_only", "dry_run", "profile", "pretrained", "pretrained_file"),
+    *("eval_only", "dry_run", "profile", "pretrained"),
 )
 
 
@@ -41,6 +41,8 @@ def find_run(cfg):
         return None, None
     if cfg.resume:
         folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
+        if not folders and cfg.name == Config.name:
+            folders = run_folders(cfg.run_root, "full")[::-1]  # what the default name used to be
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
         folders = [
             f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
@@ -107,6 +109,11 @@ def resumed_config(cfg, folder, state):
         if name in cfg.given and name in saved and name not in COMPARED_OTHERWISE
         and saved[name] != getattr(cfg, name)
     ]  # fmt: skip
+    if saved.get("warmup_epochs"):
+        raise ValueError(
+            f"{folder}: trained with --warmup_epochs={saved['warmup_epochs']}, which is gone; "
+            f"start anew from its weights by --ckpt={folder}/last.pt"
+        )
     if differs:
         raise ValueError(
             f"{folder}: another configuration ({'; '.join(differs)}); resume with the same options"
@@ -120,7 +127,7 @@ def resumed_config(cfg, folder, state):
     silent = [f"{name}={value}" for name, value in kept.items()
               if name in decisive and value != getattr(cfg, name)]  # fmt: skip
     try:
-        resumed = dataclasses.replace(cfg, **kept, pretrained=False, pretrained_file="", ckpt="")
+        resumed = dataclasses.replace(cfg, **kept, pretrained=False, ckpt="")
     except ValueError as error:
         raise ValueError(f"{folder}: its configuration is damaged or of another version ({error})") from None
     if silent and os.environ.get("RANK", "0") == "0":

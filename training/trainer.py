@@ -42,7 +42,7 @@ class Trainer:
         # the average stays in float32 and carries buffers; made before DDP and compilation rename anything
         self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.network, cfg)
-        self.schedule = Schedule(self.optimizer, cfg, self.n_steps, steps_per_epoch)
+        self.schedule = Schedule(self.optimizer, cfg, self.n_steps)
         # float16 needs the scale; every precision needs the skipping of non-finite steps, at scale 1
         scale = {} if self.dtype is torch.float16 else {"init_scale": 1.0}
         self.scaler = torch.amp.GradScaler(process.device.type, **scale)
