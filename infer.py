@@ -80,6 +80,9 @@ class Run:
         refines = cfg.refine != "none"
         self.needs_misfit = bool(cfg.misfit or cfg.figures or cfg.pseudo or refines)
         self.needs_families = bool(cfg.post or cfg.fit or cfg.pseudo or refines)  # costs another pass
+        contents = {path: fingerprint(path) for path in {path for path, *_ in self.truths or ()}}
+        truths = [(contents[path], *which) for path, *which in self.truths or ()]
+        self.contents = {"ids": digest([gather.oid for gather in self.gathers]), "truths": digest(truths)}
 
     @property
     def steps(self):
@@ -93,14 +96,11 @@ class Run:
         return ["network", *self.steps, *([self.cfg.refine] if self.cfg.refine != "none" else [])]
 
     def decided_by(self, result, cfg):
-        """All that a kept result depends on, for JSON: the options, and the files' contents they name.
+        """All that a kept result depends on, for JSON: options, and the contents of the files they name.
 
         Contents of the gathers are compared record by record (`forget_changed`).
         """
-        job = {name: getattr(cfg, name) for name in fields_that_decide(result)}
-        contents = {path: fingerprint(path) for path, *_ in self.truths or ()}
-        truths = [(contents[path], *which) for path, *which in self.truths or ()]
-        return job | {"ids": digest([gather.oid for gather in self.gathers]), "truths": digest(truths)}
+        return {name: getattr(cfg, name) for name in fields_that_decide(result)} | self.contents
 
     def truth(self, numbers):
         """True maps (B, 1, 70, 70) of gathers."""

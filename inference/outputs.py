@@ -1,5 +1,6 @@
 """All that `infer.py` writes when the maps are final: the submission, then what was asked for beside it."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from inference.ensemble import checkpoint_paths
 from inference.pseudo import write_pseudo
 from inference.submission import write_submission
 from openfwi.gathers import GatherDataset
@@ -61,18 +63,19 @@ def check_outputs(cfg, gathers, truths):
                     f"--{name}={getattr(cfg, name)}: lies in {folder}, which is read: its files would be "
                     "taken for inputs; give a folder elsewhere"
                 )
-    checkpoints = [Path(word) for word in cfg.ckpt.split(",")]
+    checkpoints = checkpoint_paths(cfg.ckpt)
     inputs = [*checkpoints, *(path.with_suffix(".json") for path in checkpoints), Path(cfg.use or os.devnull)]
     inputs += [*(gather.path for gather in gathers), *(path for path, *_ in truths or ())]
-    work = Path(f"{cfg.out}.work").resolve()
-    for path in dict.fromkeys(inputs):
-        if work in path.resolve().parents:
-            raise ValueError(f"{path}: lies in {work}, where results are kept; give another --out")
-    read, written = {_identity(path) for path in dict.fromkeys(inputs) if path.exists()}, {}
+    inputs, work = list(dict.fromkeys(inputs)), Path(f"{cfg.out}.work").resolve()
+    for folder in dict.fromkeys(path.parent for path in inputs):
+        if work in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"{folder}: inputs lie in {work}, where results are kept; give another --out")
+    read, written = {_identity(path) for path in inputs if path.exists()}, {}
+    resolved = functools.cache(Path.resolve)  # there may be very many files in a folder
     for option, path in _output_files(cfg, [gather.oid for gather in gathers]):
         if path.exists() and _identity(path) in read:
             raise ValueError(f"--{option}: {path} is an input and would be overwritten; give another path")
-        other = written.setdefault(path.resolve(), option)
+        other = written.setdefault(resolved(path.parent) / path.name, option)
         if other != option:
             raise ValueError(f"--{option} and --{other} both write {path}; give another path")
 
@@ -91,6 +94,7 @@ def write_outputs(run, predictions, results):
         for oid, vel in zip(oids, results["vel"][:, 0], strict=True):
             with write_atomic(Path(cfg.save_maps, f"{oid}.npy")) as file:
                 np.save(file, vel)
+            run.stop.check()
     if cfg.refine != "none":
         write_traces(beside(cfg, "trace.jsonl"), oids, results)
     if cfg.misfit or cfg.figures or cfg.pseudo:
@@ -107,7 +111,7 @@ def write_outputs(run, predictions, results):
     if cfg.pseudo:
         good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
         names = [recognised[i] or cfg.pseudo_family for i in good]
-        write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.device)
+        write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.device, run.stop.check)
         print(f"{len(good)} of {len(oids)} maps, log misfit at most {cfg.pseudo_misfit:g} -> {cfg.pseudo}")
     print(f"{len(oids)} maps -> {cfg.out}")
     return print_scores(run, predictions, results, families) if run.truths else {}
@@ -161,6 +165,7 @@ def draw_figures(run, results, families, errors):
     """
     folder, names = Path(run.cfg.figures), [family or "unknown" for family in families]
     for family, chosen in best_median_worst(names, results["log_misfit"] if errors is None else errors):
+        run.stop.check()
         draw(folder / f"{family}.png", chosen, run, results)
         for i in chosen:
             if steps := results.steps_of(i):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from openfwi.npy import GATHER_SHAPE
-from utils import FAMILIES, write_atomic
+from utils import FAMILIES, sole_use, write_atomic
 from waves.misfit import simulated
 
 PER_FILE = 500  # samples, as in OpenFWI
@@ -26,19 +26,19 @@ def pair_paths(root, family, number):
     return tuple(Path(root, family, what, f"{what}{number + 1}.npy") for what in ("data", "model"))
 
 
-def write_pseudo(root, maps, families, batch_size=16, device="cpu"):
+def write_pseudo(root, maps, families, batch_size=16, device="cpu", pause=lambda: None):
     """Write maps (N, 1, 70, 70) float32 m/s and their simulated gathers as a root for training.
 
     families: a name each. Each file appears whole, a pair's seismic one last; pairs that are there, of an
-    interrupted call with the same maps, are left alone.
+    interrupted call with the same maps, are left alone. `pause` is called after each batch and may raise.
+    Raises ValueError where another process is writing there, or pairs of other maps lie there.
     """
-    for family in FAMILIES:
-        mine = [i for i, name in enumerate(families) if name == family]
-        for number, start in enumerate(range(0, len(mine), PER_FILE)):
-            seis_path, vel_path = pair_paths(root, family, number)
+    with sole_use(root):
+        for seis_path, vel_path, vel in _pairs(root, maps, families):
             if seis_path.exists():
+                if not np.array_equal(np.load(vel_path), vel):
+                    raise ValueError(f"{vel_path}: holds other maps; give an empty folder by --pseudo=DIR")
                 continue
-            vel = np.stack([maps[i] for i in mine[start : start + PER_FILE]])
             with write_atomic(vel_path) as file:
                 np.save(file, vel)
             with write_atomic(seis_path) as file:
@@ -47,3 +47,15 @@ def write_pseudo(root, maps, families, batch_size=16, device="cpu"):
                 for k in range(0, len(vel), batch_size):
                     batch = torch.from_numpy(vel[k : k + batch_size]).to(device)
                     file.write(simulated(batch).cpu().numpy().astype("<f4").tobytes())
+                    pause()
+
+
+def _pairs(root, maps, families):
+    """(seismic path, velocity path, maps) of each file pair."""
+    for family in FAMILIES:
+        mine = [i for i, name in enumerate(families) if name == family]
+        for number, start in enumerate(range(0, len(mine), PER_FILE)):
+            yield (
+                *pair_paths(root, family, number),
+                np.stack([maps[i] for i in mine[start : start + PER_FILE]]),
+            )

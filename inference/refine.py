@@ -72,7 +72,7 @@ def check_method(name):
 class Refiner:
     """A method at work on the gathers of `results`, within --refine_budget minutes for all; 0 = no limit.
 
-    Notes what the method tells of each gather in `results`. Gathers that had less than their full time, for
+    Notes what the method tells of each gather in `results`. Gathers that had less time than they wanted, for
     the budget was spent, are to be done again when there is some of it now.
     """
 
@@ -93,16 +93,19 @@ class Refiner:
         return self.method.batches(numbers, families, size or self.cfg.batch_size)
 
     def __call__(self, model, numbers, seis, vel, families):
-        """Refine maps: (maps, whether they had their full time). Once the budget is spent they stay."""
+        """Refine maps: (maps, whether each had the time it wanted). Once the budget is spent they stay."""
         minutes = min(self.cfg.refine_minutes, self.minutes_left / len(numbers))
         if self.minutes_left > 0:
             cfg = dataclasses.replace(self.cfg, refine_minutes=minutes)
             vel, traces = self.method.refine(model, seis, vel, families, cfg)
+            is_whole = minutes == self.cfg.refine_minutes
+            done = [is_whole or trace.get("seconds", 0) < 60 * minutes for trace in traces]
         else:
+            done = [False] * len(numbers)
             traces = [{"kept": "guess", "why": "--refine_budget is spent"} for _ in numbers]
         for number, trace in zip(numbers, traces, strict=True):
             self.spent_s += trace.get("seconds", 0)
             if (steps := trace.pop("steps", ())) and self.cfg.figures:
                 self.results.keep_steps(number, steps)
         self.results.note(numbers, traces)
-        return vel, minutes == self.cfg.refine_minutes
+        return vel, done

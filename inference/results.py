@@ -60,7 +60,8 @@ class Results:
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 for number, record in zip(numbers, records, strict=True):
-                    if os.pwrite(file.fileno(), record.tobytes(), number * record.nbytes) < record.nbytes:
+                    file.seek(number * record.nbytes)
+                    if file.write(record.tobytes()) < record.nbytes:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise not_written(self.path, error) from None

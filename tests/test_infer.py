@@ -10,6 +10,7 @@ from conftest import CPU, NETWORK, kaggle_folder, maps_of, run_cli, words_for, w
 from cfg import Config, parse
 from infer import infer, main
 from inference.ensemble import Member
+from inference.pseudo import write_pseudo
 from inference.submission import HEADER, submission_rows
 from inference.tta import make_views, predict
 from model import build_model
@@ -276,6 +277,10 @@ def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, ca
     assert {v.tobytes() for pair in found for v in np.load(pair.vel)[:, 0]} == saved
     with pytest.raises(ValueError, match=r"holds .*npy already; give an empty folder by --pseudo"):
         run("--pseudo", root)
+    velocities = np.load(found[0].vel)
+    write_pseudo(root, velocities, [found[0].family] * 2)  # the same maps: goes on
+    with pytest.raises(ValueError, match="holds other maps; give an empty folder"):
+        write_pseudo(root, velocities + 1, [found[0].family] * 2)
     rows = list(csv.DictReader((tmp_path / "s.misfit.csv").open()))
     limit = sum(sorted(float(row["log_misfit"]) for row in rows)[1:3]) / 2  # the file has six digits
     run("--pseudo", tmp_path / "best", f"--pseudo_misfit={limit}")

@@ -52,7 +52,7 @@ def place(tmp_path, checkpoint, monkeypatch):
         (["--out=fit.json", "--use=fit.json"], "--out: fit.json is an input"),
         (["--ckpt=misfit.png", "--figures=."], "--figures: misfit.png is an input"),
         (["--fit=./s.csv", "--truth=maps"], "--fit and --out both write s.csv"),
-        (["--input=old.csv.work", "--out=old.csv"], "x.npy: lies in"),
+        (["--input=old.csv.work", "--out=old.csv"], "old.csv.work: inputs lie in"),
     ],
 )
 def test_outputs_on_inputs_are_refused_before_any_work(place, refuses, words, message):

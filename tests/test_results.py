@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from conftest import CPU, ROOT, kaggle_folder, run_cli, words_for
 
 import infer as infer_module
@@ -271,3 +272,21 @@ def test_files_of_others_in_the_folder_of_results_stay(run, tmp_path):
     precious.write_text("mine")
     run()
     assert [path for path in precious.parent.iterdir() if path.name != ".lock"] == [precious]
+
+
+def test_a_signal_while_the_outputs_are_written_stops_there_too(run, tmp_path, monkeypatch, capfd):
+    """Simulating pseudo-labels may take hours: it stops between batches, and goes on with the file."""
+
+    def interrupted(vel):
+        signal.raise_signal(signal.SIGINT)
+        return torch.zeros(len(vel), 5, 1000, 70)
+
+    monkeypatch.setattr("inference.pseudo.simulated", interrupted)
+    words = ("--pseudo", tmp_path / "pseudo", "--pseudo_misfit=100")
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert (tmp_path / "s.csv").exists() and not list((tmp_path / "pseudo").rglob("data*.npy"))
+    assert "the same command continues" in capfd.readouterr().err
+    monkeypatch.undo()
+    run(*words)
+    assert list((tmp_path / "pseudo").rglob("data*.npy")) and not (tmp_path / "s.csv.work").exists()
