@@ -153,7 +153,7 @@ def checkpoint(tmp_path_factory):
 
 def words_for(checkpoint, *args):
     """The command line that predicts with a checkpoint as the fixture of this name."""
-    return ["--ckpt", str(checkpoint), *NETWORK_WORDS, "--workers=0", *map(str, args)]
+    return ["--ckpt", str(checkpoint), *NETWORK_WORDS, "--workers=0", "--threads=1", *map(str, args)]
 
 
 def kaggle_folder(folder, n, dtype=np.float32):

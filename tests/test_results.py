@@ -21,7 +21,7 @@ from infer import infer, main
 from inference.results import Results
 from utils import run_program, sole_use
 
-N_KILLS = int(os.environ.get("N_KILLS", 2))  # docs/experiments has 12
+N_KILLS = int(os.environ.get("N_KILLS", 1))  # docs/experiments has 12
 
 
 class Stopped(Exception):
@@ -132,7 +132,7 @@ def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(checkpoint
     """`N_KILLS=12 python -m pytest tests/test_results.py -k killed`: each some time after more is kept."""
     folder = kaggle_folder(tmp_path / "test", 2 + 2 * N_KILLS)
     options = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
-    words = words_for(checkpoint, "--input", folder, "--batch_size=1", "--threads=1", *options)
+    words = words_for(checkpoint, "--input", folder, "--batch_size=1", *options)
     whole = run_cli("infer.py", *words, "--out", tmp_path / "whole.csv")
     assert whole.returncode == 0, whole.stderr
     draw, kept = random.Random(0), 0
