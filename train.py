@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
 
@@ -33,6 +32,7 @@ from utils import (
     load_checkpoint,
     processes,
     run_program,
+    say_on_stderr,
     seed_all,
     sole_use,
 )
@@ -91,43 +91,40 @@ def train(cfg, process, folder=None, state=None):
     online = Online(cfg, process, train_items, steps) if cfg.online else contextlib.nullcontext()
     with (
         sole_use(folder) if process.is_main else contextlib.nullcontext(),
+        Stop(process) as stop,
         Log(folder, trainer) as log,
         make_profiler(log) as profiler,
         online as trainer.online,
     ):
-        number = fit(trainer, log, loaders, train_items, reference, profiler)
-    if number:
-        print(f"stopped by {signal.Signals(number).name} after step {trainer.step}; go on: --resume={folder}")
-        sys.exit(128 + number)
-    if cfg.smoke and process.is_main:
-        check_reload(cfg, folder, trainer, loaders[1])
-    if process.is_main:
-        print(f"best validation MAE {trainer.best_mae:.2f} m/s | {folder}/best.pt")
+        fit(trainer, log, loaders, BadSteps(trainer, train_items, log), stop, reference, profiler)
+        if cfg.smoke and process.is_main and not stop.signal:
+            check_reload(cfg, folder, trainer, loaders[1])
+        if process.is_main and not stop.signal:
+            print(f"best validation MAE {trainer.best_mae:.2f} m/s | {folder}/best.pt")
+    if stop.signal:
+        if process.is_main:
+            say_on_stderr(f"stopped by {stop.cause()} after step {trainer.step}; go on: --resume={folder}")
+        sys.exit(128 + stop.signal)
     return folder, trainer.best_mae
 
 
-def fit(trainer, log, loaders, items, reference, profiler):
-    """Train to the end, to early stopping, or to a signal; returns the signal's number or 0."""
+def fit(trainer, log, loaders, bad_steps, stop, reference, profiler):
+    """Train to the end, to early stopping, or until `stop`, and save what was reached."""
     cfg, (train_loader, val_loader) = trainer.cfg, loaders
-    bad_steps, stop = BadSteps(trainer, items, log), Stop(trainer.process)
-    try:
-        while True:
-            epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
-            if within == 0 and epoch and trainer.validated != trainer.step:
-                if epoch % cfg.val_every == 0 or epoch == cfg.epochs:
-                    finish_epoch(trainer, log, val_loader, reference)
-            if cfg.patience and trainer.since_best >= cfg.patience:
-                if trainer.process.is_main:
-                    print(f"stopped early: no better validation for {trainer.since_best} in a row")
-                return 0
-            if trainer.step >= trainer.n_steps:
-                return 0
+    while not stop.signal:
+        epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
+        if within == 0 and epoch and trainer.validated != trainer.step:
+            if epoch % cfg.val_every == 0 or epoch == cfg.epochs:
+                finish_epoch(trainer, log, val_loader, reference)
+        if cfg.patience and trainer.since_best >= cfg.patience:
+            if trainer.process.is_main:
+                print(f"stopped early: no better validation for {trainer.since_best} in a row")
+            return
+        if trainer.step >= trainer.n_steps:
+            return
+        if not stop.agree():  # a signal may have come during validation
             train_epoch(trainer, train_loader, log, bad_steps, stop, profiler)
-            if stop.signal:
-                save_last(trainer, log.folder)
-                return stop.signal
-    finally:
-        stop.restore()
+    save_last(trainer, log.folder)
 
 
 def steps_of(trainer, loader):

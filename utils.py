@@ -69,11 +69,11 @@ def run_program(main):
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        _say_on_stderr(f"{Path(sys.argv[0]).name}: interrupted")
+        say_on_stderr(f"{Path(sys.argv[0]).name}: interrupted")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # as by `| head`
-        _drop_output()
-        _say_on_stderr(
+        drop_output()
+        say_on_stderr(
             f"{Path(sys.argv[0]).name}: stopped, for nobody reads its output any more; what is done is kept: "
             "give the same command again, its output to a file"
         )
@@ -92,18 +92,19 @@ def run_program(main):
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # all is done, only the last lines are not read
-        _drop_output()
+        drop_output()
 
 
 SIGPIPE = 13  # Windows has none
 
 
-def _drop_output():
+def drop_output():
     """Send standard output nowhere, for its reader is gone: Python would fail once more at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):  # a notebook's has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say_on_stderr(line):
+def say_on_stderr(line):
     """Write a line to standard error, where there is one: its terminal may be closed."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
@@ -120,9 +121,14 @@ class StopSignals:
     main thread alone: in another one nothing is changed.
     """
 
-    def __init__(self, waits_for):
-        """waits_for: what the line says that follows the first signal, as "the current step"."""
-        self.waits_for, self.number, self.before = waits_for, 0, {}
+    def __init__(self, waits_for, echo_s=0.0):
+        """waits_for: what the line says that follows the first signal, as "the current step".
+
+        Within `echo_s` a second signal is the first one's echo: a terminal sends Ctrl-C to torchrun and all
+        its processes, and torchrun passes it on to these.
+        """
+        self.waits_for, self.echo_s, self.number, self.before = waits_for, echo_s, 0, {}
+        self.first_s = None  # when the first one came
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -137,16 +143,19 @@ class StopSignals:
             signal.signal(number, handler)
         if isinstance(error, Stopped):  # now that progress bars have ended their lines
             name = signal.Signals(self.number).name
-            _say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
+            say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
 
     def _catch(self, number, frame):
-        if self.number:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.number = number
+        if self.first_s is not None:
+            if time.monotonic() - self.first_s >= self.echo_s:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.number, self.first_s = number, time.monotonic()
         # no print: it may have been interrupted in the midst of another one
         name = signal.Signals(number).name
-        _say_on_stderr(f"\n{name}: waiting for {self.waits_for}; once more ends at once")
+        if os.environ.get("RANK", "0") == "0":
+            say_on_stderr(f"\n{name}: waiting for {self.waits_for}; once more ends at once")
 
     def check(self):
         """Exit where a signal has come, saying how to go on."""

@@ -61,7 +61,6 @@ def bench_train(args, options):
         for _ in range(args.repeats):
             times["ours"].append(seconds(ours, process.device))
             times["bare"].append(seconds(plain, process.device))
-        stop.restore()
     step_ms = {name: 1e3 * statistics.median(t) / args.steps for name, t in times.items()}
     overhead = statistics.median(a / b for a, b in zip(times["ours"], times["bare"], strict=True)) - 1
     waited = log.data_s / sum(times["ours"])

@@ -1,12 +1,16 @@
 """What guards a training run: signals that stop it, steps that are not finite."""
 
+import contextlib
+import errno
 import math
+import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
 
-from utils import append_json
+from utils import SIGPIPE, StopSignals, append_json, drop_output, say_on_stderr
 
 
 class BadSteps:
@@ -89,29 +93,66 @@ def find_culprit(trainer, batches):
     return found[0] if found else "not reproduced on this rank: see the other ranks' message"
 
 
-class Stop:
-    """Becomes true on all ranks at once after SIGTERM or SIGINT to any of them."""
+class Output:
+    """Standard output whose failure does not end a run: a closed one, as by `| head`, asks it to stop."""
+
+    def __init__(self, stream, stop):
+        self.stream, self.stop, self.failed = stream, stop, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.survived():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.survived():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def survived(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # the reader, or the terminal, is gone
+                self.stop.number = self.stop.number or SIGPIPE
+                drop_output()
+            elif not self.failed:
+                say_on_stderr(f"standard output: not written ({error.strerror}); training goes on without it")
+            self.failed = True
+
+
+class Stop(StopSignals):
+    """Becomes true on all ranks at once after a signal to any of them, or when nobody reads the output."""
 
     def __init__(self, process):
-        self.signal, self.process = 0, process  # what all ranks agreed on
-        self.caught = 0  # apart, since a signal may come while they do
+        is_torchruns = "TORCHELASTIC_RUN_ID" in os.environ
+        super().__init__("the current step or validation", echo_s=3.0 if is_torchruns else 0.0)
+        self.process, self.signal = process, 0  # what all ranks have agreed on; `number` may change meanwhile
         # its own group: on CUDA the default one would make the CPU wait for the device
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.before = {
-            number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)
-        }
 
-    def catch(self, number, frame):
-        self.caught = number
+    def __enter__(self):
+        super().__enter__()
+        if self.before:  # in another thread than the main one, the process is another program's
+            self.stream, sys.stdout = sys.stdout, Output(sys.stdout, self)
+        return self
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.before:
+            sys.stdout = self.stream
 
     def agree(self):
-        self.signal = self.caught
+        self.signal = self.number
         if self.group is not None:
             number = torch.tensor(self.signal)
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
             self.signal = int(number)
         return self.signal
 
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def cause(self):
+        """What has stopped the run."""
+        return "nobody reading its output" if self.signal == SIGPIPE else signal.Signals(self.signal).name
