@@ -41,7 +41,11 @@ N_FIGURE_ROWS = 5  # families in the figure of a validation
 
 
 def main(argv):
-    """Train, on as many GPUs as there are; raise ValueError for a configuration that cannot work."""
+    """Train with the options `argv`; returns (run folder, best validation MAE in m/s).
+
+    As a program, on every card that there is; called from Python, in this process and on one. Raises
+    ValueError for what cannot work.
+    """
     cfg = adapted(parse(argv))
     folder, state = find_run(cfg)
     if state:
@@ -53,7 +57,7 @@ def main(argv):
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
     with processes(cfg) as process:
-        train(cfg, process, folder, state)
+        return train(cfg, process, folder, state)
 
 
 def train(cfg, process, folder=None, state=None):

@@ -66,7 +66,9 @@ def run_program(main):
 
     `python -X dev PROGRAM` shows the traceback instead.
     """
+    global _is_program
     try:
+        _is_program = True
         main(sys.argv[1:])
     except KeyboardInterrupt:
         say_on_stderr(f"{Path(sys.argv[0]).name}: interrupted")
@@ -89,10 +91,20 @@ def run_program(main):
         reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
         print(f"{where}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        _is_program = False
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # all is done, only the last lines are not read
         drop_output()
+
+
+_is_program = False
+
+
+def is_program():
+    """Whether this process runs one of our programs, and is ours to tune; else it called us as a library."""
+    return _is_program
 
 
 SIGPIPE = 13  # Windows has none
@@ -188,6 +200,24 @@ class Process:
 
 
 @contextlib.contextmanager
+def settings_restored():
+    """Leave torch and Python set as they were: threads, TF32, determinism, the current card."""
+    card = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    n_threads, switch_s = torch.get_num_threads(), sys.getswitchinterval()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+        sys.setswitchinterval(switch_s)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)
+        if card is not None:
+            torch.cuda.set_device(card)
+
+
+@contextlib.contextmanager
 def processes(cfg):
     """Join torchrun's process group where there is one; yields this `Process`.
 
@@ -196,23 +226,28 @@ def processes(cfg):
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
-    device = pick_device(cfg.device, env["LOCAL_RANK"])
-    torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // env["LOCAL_WORLD_SIZE"]))
-    if device.type == "cpu":
-        keep_memory()
-    if env["WORLD_SIZE"] > 1:
-        store, rank, world = next(rendezvous("env://"))
-        if env["LOCAL_WORLD_SIZE"] == world:
-            # a restart on one machine finds the lost processes' addresses in the same store
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # rank 0 may simulate a data set while the others wait
-        timeout, backend = datetime.timedelta(hours=4), "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    try:
-        yield Process(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with settings_restored():
+        device = pick_device(cfg.device, env["LOCAL_RANK"])
+        torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // env["LOCAL_WORLD_SIZE"]))
+        if device.type == "cpu" and is_program():
+            keep_memory()
+        if env["WORLD_SIZE"] > 1:
+            join_group(env, "nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield Process(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def join_group(env, backend):
+    """Join torchrun's process group, as its environment variables `env` say."""
+    store, rank, world = next(rendezvous("env://"))
+    if env["LOCAL_WORLD_SIZE"] == world:
+        # a restart on one machine finds the lost processes' addresses in the same store
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    timeout = datetime.timedelta(hours=4)  # rank 0 may simulate a data set while the others wait
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def keep_memory():

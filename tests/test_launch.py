@@ -1,6 +1,9 @@
 """What happens before training: a process for each card."""
 
 import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,12 +11,14 @@ import torch
 import train
 from cfg import Config
 from training.launch import launch
+from utils import load_checkpoint
 
 
 def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
     commands = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
+    monkeypatch.setattr("utils._is_program", True)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="data_openfwi: no such folder"):
         launch(Config(), "train.py", [])
@@ -40,3 +45,22 @@ def test_a_missing_data_folder_is_said_before_missing_weights(tmp_path, refuses)
     refuses(train.main, *words, words=["none: no such folder", "--data_root=DIR"])
     (tmp_path / "none").mkdir()
     refuses(train.main, *words, words=["none.pth: no such file", "--pretrained=false"])
+
+
+def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_here, monkeypatch, capsys):
+    """In a thread, with two cards there; signals, streams and torch's settings are the caller's."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("utils.keep_memory", lambda: pytest.fail("the process's memory is the caller's"))
+    torch.set_num_threads(2)
+    try:
+        before = sys.stdout, sys.getswitchinterval(), signal.getsignal(signal.SIGINT), torch.get_num_threads()
+        with ThreadPoolExecutor(1) as pool:
+            folder = pool.submit(train_here, "--device=auto", "--deterministic", "--workers=1").result()
+        after = sys.stdout, sys.getswitchinterval(), signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    finally:
+        torch.set_num_threads(1)
+    assert load_checkpoint(folder / "last.pt")["progress"]["step"] == 8
+    assert before == after and not torch.are_deterministic_algorithms_enabled()
+    assert "training on one of 2 cards, as called from Python" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--gpus=2: a call from Python trains on one card"):
+        train_here("--device=auto", "--gpus=2")

@@ -272,9 +272,13 @@ def test_overfit_trains_and_validates_on_the_same_few(train_here):
     assert metrics["val_mae"] < 0.95 * first["mae"]
 
 
-def test_deterministic_is_switched_on(train_here):
-    try:
-        train_here("--deterministic")
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_is_switched_on_while_training(train_here, monkeypatch):
+    step, found = train.train_step, []
+
+    def look(trainer, batches):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return step(trainer, batches)
+
+    monkeypatch.setattr(train, "train_step", look)
+    train_here("--deterministic")
+    assert all(found) and len(found) == 8 and not torch.are_deterministic_algorithms_enabled()

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from model import check_model
 from openfwi.files import check_folder, find_pairs
 from training.loss import parse_family_weights
-from utils import check_writable
+from utils import check_writable, is_program
 
 
 def adapted(cfg):
@@ -36,7 +37,8 @@ def check_config(cfg):
 def launch(cfg, program, argv):
     """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
 
-    Raises ValueError when more processes are asked for than there are cards.
+    Called from Python, say that one card is used instead. Raises ValueError when more processes are asked for
+    than there are cards, or than a call from Python can start.
     """
     if "RANK" in os.environ:
         return
@@ -46,7 +48,12 @@ def launch(cfg, program, argv):
         raise ValueError(
             f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
         )
-    if n > 1:
+    command = f"python {Path(program).name} --gpus={n}"
+    if n > 1 and not is_program():
+        if cfg.gpus != "auto":
+            raise ValueError(f"--gpus={n}: a call from Python trains on one card; use the program: {command}")
+        print(f"training on one of {n} cards, as called from Python; for all of them: {command}", flush=True)
+    elif n > 1:
         if not cfg.synth_per_family:  # one line now rather than one from every process
             find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", program, *argv]
