@@ -2,14 +2,15 @@
 
 `--name=value` and `--name value` set an option, a bare `--name` switches it on, and `--preset=NAME` starts
 from one of `PRESETS`. Explicit options win over the preset, and the preset over the architecture's defaults.
+
 `python cfg.py` prints docs/config.md.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from options.command_line import nearest, read_words
-from options.fields import Section, check_limits, check_types
+from options.command_line import asks_for_help, nearest, read_words
+from options.fields import Options, Section
 from options.help import markdown, print_help, written
 
 # Results that options decide, see `fields_that_decide`.
@@ -17,38 +18,50 @@ TRAINING = "training"  # what a resumed training run must share with the run it 
 PREDICTIONS = "predictions"  # one network's velocity maps, kept by an interrupted infer.py
 MAPS = "maps"  # the final velocity maps, kept likewise
 
+TRAIN, INFER, NETWORK = "train.py", "infer.py", "bench.py network"  # programs, see `parse`
+
 # A section's options decide what the section says, unless an option says otherwise.
-run = Section("run", "the run and the machine", ("train", "infer"))
-data = Section("data", "training and validation data", ("train",), (TRAINING,))
+run = Section("run", "the run and the machine", (TRAIN, INFER))
+data = Section("data", "training and validation data", (TRAIN,), (TRAINING,))
 augmentation = Section(
-    "augmentation", "augmentation of the gathers on the device, off by default", ("train",), (TRAINING,)
+    "augmentation", "augmentation of the gathers on the device, off by default", (TRAIN,), (TRAINING,)
 )
-simulation = Section("online", "training pairs simulated while training", ("train",), (TRAINING,))
+simulation = Section("online", "training pairs simulated while training", (TRAIN,), (TRAINING,))
 network = Section(
-    "network", "the network; a checkpoint brings its own", ("train", "infer"), (TRAINING, PREDICTIONS, MAPS)
+    "network",
+    "the network; a checkpoint brings its own",
+    (TRAIN, INFER, NETWORK),
+    (TRAINING, PREDICTIONS, MAPS),
 )
-training = Section("training", "loss, optimizer and schedule", ("train",), (TRAINING,))
-watching = Section("watching", "logging, saving and trying out", ("train",))
-inference = Section("inference", "prediction, refining and reports", ("infer",), (MAPS,))
+training = Section("training", "loss, optimizer and schedule", (TRAIN,), (TRAINING,))
+watching = Section("watching", "logging, saving and trying out", (TRAIN,))
+inference = Section("inference", "prediction, refining and reports", (INFER,), (MAPS,))
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Everything a run depends on. Sequences are written `--families=FlatVel_A,Style_B`."""
 
     # ------------------------------------------------------------------------------------------------- run
-    name: str = run("baseline", "run folder: runs/<number>-<name>/", programs=("train",))
-    run_root: str = run("runs", "folder of the run folders", programs=("train",))
-    seed: int = run(0, "of weights, sample order and augmentation", programs=("train",), decides=(TRAINING,))
+    name: str = run("baseline", "run folder: runs/<number>-<name>/", programs=(TRAIN,))
+    run_root: str = run("runs", "folder of the run folders", programs=(TRAIN,))
+    seed: int = run(0, "of weights, sample order and augmentation", programs=(TRAIN,), decides=(TRAINING,))
     device: str = run(
         "auto",
         "auto, cpu, cuda, mps; each process takes its own card",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number", programs=("train",))
-    threads: int = run(0, "CPU threads a process; 0 = this machine's cores, shared out", most=4096)
+    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number", programs=(TRAIN,))
+    threads: int = run(
+        0,
+        "CPU threads a process; 0 = this machine's cores, shared out",
+        programs=(TRAIN, INFER, NETWORK),
+        most=4096,
+    )
     workers: int = run(4, "threads or processes that read ahead; each holds a batch", most=1024)
-    batch_size: int = run(16, "samples a process (a GPU) takes at once", above=0, most=10**6)
+    batch_size: int = run(
+        16, "samples a process (a GPU) takes at once", programs=(TRAIN, INFER, NETWORK), above=0, most=10**6
+    )
     precision: str = run(
         "auto",
         "float32, tf32, bfloat16, float16; auto = 16 bits where the card computes them, else float32",
@@ -203,7 +216,7 @@ class Config:
     ckpt: str = inference(
         "",
         "best.pt, last.pt or a public state dict; infer.py joins several: a.pt,b.pt",
-        programs=("train", "infer"),
+        programs=(TRAIN, INFER),
         decides=(),
     )
     input: str = inference("", "a .npy file of gathers, or a folder of them", decides=())
@@ -268,8 +281,7 @@ class Config:
 
     def __post_init__(self):
         """Check types and limits; raises ValueError, one line, for the first that does not hold."""
-        check_types(self)
-        check_limits(self)
+        super().__post_init__()
         if not self.data_root:
             raise ValueError("--data_root: expected at least one folder")
         if self.gpus == "0":
@@ -338,21 +350,22 @@ GONE = {  # options that were, and what to write instead
 }
 
 
-def parse(argv, program="train"):
+def parse(argv, program=TRAIN, options=Config):
     """Command-line words -> Config. Raises ValueError, one line, for what does not fit.
 
-    program: whose sections `--help` prints: train, infer.
+    program: whose options `--help` prints. options: Config, or one of its own with more fields.
     """
-    if {"-h", "--help"} & set(argv):
-        print_help(Config, program, __doc__, PRESETS)
+    if asks_for_help(argv):
+        how = __doc__.split("\n\n")[1]
+        print_help(options, f"The options of `python {program}`.\n\n{how}", program, PRESETS)
         raise SystemExit(0)
-    values = read_words(argv, Config, extra=("preset",), gone=GONE)
+    values = read_words(argv, options, extra=("preset",), gone=GONE)
     preset = values.pop("preset", "baseline")
     if preset not in PRESETS:
         hint = "; it is called baseline now" if preset == "full" else nearest(preset, PRESETS)
         raise ValueError(f"unknown preset {preset!r}{hint} (all: {', '.join(PRESETS)})")
     chosen = PRESETS[preset] | values
-    cfg = Config(**(ARCHITECTURES.get(chosen.get("arch"), {}) | chosen))
+    cfg = options(**(ARCHITECTURES.get(chosen.get("arch"), {}) | chosen))
     cfg.given = frozenset(values)
     return cfg
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cfg import MAPS, PREDICTIONS, fields_that_decide, parse
+from cfg import INFER, MAPS, PREDICTIONS, fields_that_decide, parse
 from inference.ensemble import Ensemble, checkpoint_paths
 from inference.outputs import check_outputs, output_folders, write_outputs
 from inference.pseudo import check_root
@@ -261,7 +261,7 @@ def by_gain(run, predictions, refiner, job):
 
 def main(argv):
     """Predict what --input holds; raise ValueError where it or the checkpoint is not named."""
-    cfg = parse(argv, "infer")
+    cfg = parse(argv, INFER)
     for name in ("ckpt", "input"):
         if not getattr(cfg, name):
             raise ValueError(

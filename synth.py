@@ -1,14 +1,16 @@
-"""Data sets in OpenFWI's own layout, of velocity maps made by maps.py or given.
+"""Make data sets in OpenFWI's layout: `python synth.py --out=DIR --n_per_family=1000`.
 
-`python synth.py --help` lists the options.
+The velocity maps are synthetic (synthetic/maps.py), variations of others (--vary) or given (--maps); their
+gathers are simulated. You can stop it at any time; the same command continues where it stopped.
 """
 
-import argparse
-import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from options.command_line import parse_options
+from options.fields import Options, Section
 from report.figures import new_figure, save_figure
 from synthetic.dataset import check_maps, write_dataset, write_given, write_varied
 from synthetic.maps import make_maps
@@ -61,43 +63,32 @@ def real_beside_synthetic(path, folder, n=6, seed=0):
     return True
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a ValueError, hence one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")
+SYNTH = Section("synth", "data sets in OpenFWI's layout")
 
 
-def _parser():
-    p = _Parser(description="Write OpenFWI-format data sets of synthetic or given maps.", allow_abbrev=False)
-    p.add_argument("--out", help="folder of the data set")
-    p.add_argument("--families", default=None, help="'all', or names divided by commas (default: all)")
-    p.add_argument("--n_per_family", type=int, help="maps of each family")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the seismic files")
-    p.add_argument("--per_file", type=int, default=500, help="maps a file, at most")
-    p.add_argument("--maps", help=".npy or .npz file of velocity maps (m/s) to simulate instead")
-    p.add_argument("--vary", help="folder of OpenFWI files: simulate variations of its velocity maps")
-    p.add_argument("--keys", help="with --maps FILE.npz: model1,model2,… (default: all)")
-    p.add_argument("--n_per_file", type=int, help="with --maps: the first maps of the .npy or each key")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--figure", help="draw a contact sheet of all families to this file")
-    p.add_argument(
-        "--real", metavar="DIR", help="with --figure: real maps, <Family>.npz, and ours below them"
-    )
-    return p
+@dataclass
+class SynthOptions(Options):
+    """The options of synth.py."""
+
+    out: str = SYNTH("", "folder of the data set")
+    families: tuple = SYNTH((), "families to make; none or all = all ten")
+    n_per_family: int = SYNTH(0, "maps of each family", most=10**8)
+    seed: int = SYNTH(0, "of the maps")
+    dtype: str = SYNTH("float32", "of the gathers: float16, float32", choices=("float16", "float32"))
+    per_file: int = SYNTH(500, "maps a file, at most", above=0)
+    maps: str = SYNTH("", "simulate this .npy or .npz file of velocity maps (m/s) instead")
+    keys: tuple = SYNTH((), "with --maps=FILE.npz: model1,model2,…; none = all")
+    n_per_file: int = SYNTH(0, "with --maps: the first maps of the .npy or of each key; 0 = all")
+    vary: str = SYNTH("", "simulate variations of the velocity maps in this folder of OpenFWI files")
+    device: str = SYNTH("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    figure: str = SYNTH("", "draw a contact sheet of all families to this file")
+    real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours")
 
 
 def main(argv):
     """Write a data set or a figure; raise ValueError for unknown options and what does not go together."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, parser._option_string_actions, 1)
-        raise ValueError(f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-    families = FAMILIES if args.families in (None, "all") else args.families.split(",")
-    families = [check_family(f) for f in families]
+    args = parse_options(argv, SynthOptions, __doc__)
+    families = FAMILIES if args.families in ((), ("all",)) else [check_family(f) for f in args.families]
     if not (args.figure or args.out):
         raise ValueError("nothing to do; say --out=DIR for a data set, or --figure=FILE.png")
     if args.real and not args.figure:
@@ -110,12 +101,11 @@ def main(argv):
         return
     common = {"dtype": args.dtype, "per_file": args.per_file, "device": args.device}
     if args.maps:
-        if args.n_per_family is not None or args.vary or (args.families and len(families) != 1):
+        if args.n_per_family or args.vary or (args.families and len(families) != 1):
             raise ValueError("--maps brings its own: no --vary or --n_per_family, at most one of --families")
         family = families[0] if args.families else None
-        keys = args.keys.split(",") if args.keys else ()
-        write_given(args.out, args.maps, family, keys, args.n_per_file, **common)
-    elif args.n_per_family is None or args.keys or args.n_per_file is not None:
+        write_given(args.out, args.maps, family, args.keys, args.n_per_file or None, **common)
+    elif not args.n_per_family or args.keys or args.n_per_file:
         raise ValueError("say --n_per_family=N, or --maps=FILE; --keys and --n_per_file go with --maps")
     elif args.vary:
         write_varied(args.out, args.vary, families, args.n_per_family, args.seed, **common)

@@ -7,6 +7,7 @@ uses. Every network is scored plain and averaged with its mirrored view, beside 
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from cfg import Config
 from inference.ensemble import Member
 from inference.tta import make_views, predict_views
+from options.fields import Options, Section
 from report.scores import mae_of, ssim
 from synthetic.maps import make_maps
 from utils import FAMILIES, pick_device, write_atomic
@@ -59,11 +61,24 @@ def mean_map():
     return torch.from_numpy(np.mean(maps, 0)).float()[None]
 
 
+ACCURACY = Section("accuracy", "networks on maps of all ten families")
+
+
+@dataclass
+class AccuracyOptions(Options):
+    """The options of `bench.py accuracy`."""
+
+    maps: str = ACCURACY("", "folder of <Family>.npz with real maps under `dev`")
+    ckpt: tuple = ACCURACY((), "checkpoints")
+    n_per_family: int = ACCURACY(0, "maps of each family; 0 = all real ones, 40 synthetic ones", most=10**6)
+    device: str = ACCURACY("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    json: str = ACCURACY("", "file to write every number to")
+
+
 def measure(args):
     """{contender: {family: (MAE, RMSE, SSIM, seconds a map)}}, and {family: what its maps are}."""
     device, views = pick_device(args.device), make_views(("mirror",))
-    names = [name for name in args.ckpt.split(",") if name]
-    members = {name: Member(Config(ckpt=name), name, device).load() for name in names}
+    members = {name: Member(Config(ckpt=name), name, device).load() for name in args.ckpt}
     constant, rows, kinds = mean_map(), {}, {}
     for family in FAMILIES:
         maps, kinds[family] = test_maps(args.maps, family, args.n_per_family)
@@ -79,14 +94,6 @@ def measure(args):
             scores = mae_of(prediction, vel).mean().item(), rmse, ssim(prediction, vel).mean().item()
             rows.setdefault(name, {})[family] = (*scores, seconds)
     return rows, kinds
-
-
-def add_arguments(parser):
-    parser.add_argument("--maps", metavar="DIR", help="folder of <Family>.npz with real maps under `dev`")
-    parser.add_argument("--ckpt", default="", help="checkpoints, divided by commas")
-    parser.add_argument("--n_per_family", type=int, default=0, help="0 = all real ones, 40 synthetic ones")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write every number there")
 
 
 def bench_accuracy(args):

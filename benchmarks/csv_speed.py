@@ -1,6 +1,7 @@
 """Writing the submission: `python bench.py csv`."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,21 @@ import torch
 
 from benchmarks.wave_speed import seconds
 from inference.submission import HEADER, write_submission
+from options.fields import Options, Section
+
+CSV = Section("csv", "the submission's writer against a simple one")
 
 
-def bench_csv(n):
+@dataclass
+class CsvOptions(Options):
+    """The options of `bench.py csv`."""
+
+    n: int = CSV(65_818, "gathers; the competition has 65,818", above=0, most=10**7)
+
+
+def bench_csv(args):
     """Write n maps as the competition's CSV; the first ones by a simple writer too, which must agree."""
-    maps = np.random.default_rng(0).uniform(1500, 4500, (64, 70, 70)).astype(np.float32)
+    n, maps = args.n, np.random.default_rng(0).uniform(1500, 4500, (64, 70, 70)).astype(np.float32)
     oids = [f"{i:010x}" for i in range(n)]
 
     def simple():

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from cfg import Config
 from data import whole
 from openfwi.files import find_pairs
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
+from options.fields import Options, Section
 from training.loader import make_loaders
 from utils import Process, keep_memory
 
@@ -82,10 +84,30 @@ def loader_of(items, workers, batch_size):
     return make_loaders(cfg, Process(torch.device("cpu")), items, items[:1])[0]
 
 
+DATA = Section("data", "the loader against bare reading of the same files")
+
+
+@dataclass
+class DataOptions(Options):
+    """The options of `bench.py data`."""
+
+    files: int = DATA(4, "pairs of files to make", above=0)
+    samples: int = DATA(160, "samples a file; files x samples must fill whole batches", above=0)
+    dtype: str = DATA("float32", "of the gathers: float16, float32", choices=("float16", "float32"))
+    batch_size: int = DATA(16, "samples a batch", above=0)
+    workers: tuple = DATA((1, 2, 3, 4), "numbers of the loader's threads", items=int)
+    processes: tuple = DATA((2,), "numbers of worker processes of torch's DataLoader", items=int)
+    repeats: int = DATA(9, "turns with the files in memory", above=0)
+    cold: int = DATA(3, "turns with none of them in memory", above=0)
+    folder: str = DATA("", "where to put the files; none = the system's temporary folder")
+    soak: int = DATA(0, "> 0: instead read this many samples and watch the memory")
+    json: str = DATA("", "file to write every number to")
+
+
 def bench_data(args):
     """Print how fast the loader reads, beside bare reading of the same files; with --soak its memory."""
     keep_memory()
-    with tempfile.TemporaryDirectory(dir=args.folder) as root:
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as root:
         write_files(root, args.files, args.samples, args.dtype)
         pairs = find_pairs([root])
         items, paths = whole(pairs), [path for pair in pairs for path in (pair.seis, pair.vel)]
@@ -172,23 +194,3 @@ def soak(items, args):
                 f"beyond the interpreter and the batch in use {grown:.2f} batches a worker",
                 flush=True,
             )
-
-
-def add_arguments(sub):
-    """The options of `bench.py data`."""
-    sub.add_argument("--files", type=int, default=4, help="pairs to make")
-    sub.add_argument(
-        "--samples", type=int, default=160, help="a file; files x samples must fill whole batches"
-    )
-    sub.add_argument("--dtype", choices=("float16", "float32"), default="float32", help="of the gathers")
-    sub.add_argument("--batch_size", type=int, default=16)
-    numbers = {"type": lambda s: [int(k) for k in s.split(",") if k], "metavar": "1,2,4"}
-    sub.add_argument("--workers", **numbers, default=[1, 2, 3, 4], help="numbers of the loader's threads")
-    sub.add_argument(
-        "--processes", **numbers, default=[2], help="numbers of worker processes of torch's DataLoader"
-    )
-    sub.add_argument("--repeats", type=int, default=9, help="warm turns")
-    sub.add_argument("--cold", type=int, default=3, help="cold turns")
-    sub.add_argument("--folder", help="where to put the files (default: the system's temporary folder)")
-    sub.add_argument("--soak", type=int, metavar="N", help="instead read N samples and watch the memory")
-    sub.add_argument("--json", metavar="FILE", help="write every number there")

@@ -1,6 +1,7 @@
 """Waveform inversion from several starts and through noise: `python bench.py inversion`."""
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,23 +12,24 @@ from inference.ensemble import Member
 from inversion.invert import invert
 from openfwi.files import find_pairs, read_sample
 from openfwi.modes import preprocess
+from options.fields import Options, Section
 from postprocess import gaussian
 from synthetic.maps import make_maps
 from utils import FAMILIES
 
+INVERSION = Section("inversion", "waveform inversion from several starts and through noise")
 
-def add_arguments(parser):
+
+@dataclass
+class InversionOptions(Options):
     """The options of `bench.py inversion`."""
-    parser.add_argument(
-        "--input", required=True, metavar="DIR", help="gathers and their maps, OpenFWI layout"
-    )
-    parser.add_argument("--ckpt", help="a checkpoint, for the start `network`")
-    parser.add_argument(
-        "--starts", default="mean", help="of network, mean, smooth3, smooth10, ... (σ in cells)"
-    )
-    parser.add_argument("--snr", default="inf", help="signal-to-noise ratios, dB; inf = no noise")
-    parser.add_argument("--minutes", type=float, default=10.0, help="at most so many for a map")
-    parser.add_argument("--n_iterations", type=int, default=30, help="of the fit cell by cell")
+
+    input: str = INVERSION("", "folder of gathers and their maps, in OpenFWI's layout")
+    ckpt: str = INVERSION("", "a checkpoint, for the start `network`")
+    starts: tuple = INVERSION(("mean",), "network, mean, smooth3, smooth10, … (σ in cells)")
+    snr: tuple = INVERSION(("inf",), "signal-to-noise ratios, dB; inf = no noise")
+    minutes: float = INVERSION(10.0, "most minutes a map")
+    n_iterations: int = INVERSION(30, "steps cell by cell")
 
 
 def start_map(name, family, vel, seis, member):
@@ -41,7 +43,9 @@ def start_map(name, family, vel, seis, member):
 
 def bench_inversion(args):
     """Print the error before and after of each map, and their means and medians."""
-    ratios, starts = [float(r) for r in args.snr.split(",")], args.starts.split(",")
+    ratios, starts = [float(ratio) for ratio in args.snr], args.starts
+    if not args.input:
+        raise ValueError("no gathers to invert; give their folder by --input=DIR")
     if "network" in starts and not args.ckpt:
         raise ValueError("--starts=network needs the network's checkpoint; give --ckpt=FILE")
     member = Member(Config(ckpt=args.ckpt), Path(args.ckpt), torch.device("cpu")) if args.ckpt else None

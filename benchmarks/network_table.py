@@ -6,7 +6,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfg import parse
+from cfg import NETWORK, parse
 from model import MODES, UNet, build_model
 from networks.encoder import N_SOURCES
 
@@ -55,9 +55,9 @@ def _time_ms(step, device, n=3):
     return min(times[1:])
 
 
-def bench_networks(options):
-    """Print the table of the network that these options of cfg.py describe."""
-    cfg = parse(options)
+def bench_networks(argv):
+    """Print the size and speed of the network that the options describe."""
+    cfg = parse(argv, NETWORK)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     table = measure(dataclasses.replace(cfg, pretrained=False), cfg.batch_size)
     print(f"arch {cfg.arch}, mode {cfg.mode}" + (f", backbone {cfg.backbone}" if cfg.arch == "unet" else ""))

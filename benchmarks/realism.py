@@ -9,6 +9,7 @@ The latter are off by 4 to 6 m/s, so the same noise, NOISE_M_S strong, is added 
 import json
 import math
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.map_statistics import print_statistics
+from options.fields import Options, Section
 from report.figures import new_figure, save_figure
 from synthetic.maps import make_maps
 from utils import FAMILIES, V_MAX, V_MIN, check_family, write_atomic
@@ -138,20 +140,24 @@ def draw_rows(rows, folder, n=8):
     print(f"which are real? {folder}/which_are_real.png; the answers: {folder}/key.json")
 
 
-def add_arguments(parser):
-    parser.add_argument("--maps", required=True, metavar="DIR", help="folder of <Family>.npz of real maps")
-    parser.add_argument("--families", default="all", help="names divided by commas, or all")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="trainings of the classifier; 0 = statistics alone"
-    )
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--figure", metavar="DIR", help="draw real and synthetic maps in unlabelled order")
+REALISM = Section("realism", "a network trained to tell real maps from synthetic ones")
+
+
+@dataclass
+class RealismOptions(Options):
+    """The options of `bench.py realism`."""
+
+    maps: str = REALISM("", "folder of <Family>.npz with real maps under `dev` and `shapes`")
+    families: tuple = REALISM((), "families to test; none or all = all ten")
+    seeds: int = REALISM(3, "trainings of the classifier; 0 = statistics only")
+    epochs: int = REALISM(40, "of each training", above=0)
+    figure: str = REALISM("", "folder for a picture of real and synthetic maps in unlabelled order")
 
 
 def bench_realism(args):
     """Print each family's classifier accuracy with its control, and the statistics of both kinds of maps."""
     torch.set_num_threads(1)
-    families = FAMILIES if args.families == "all" else [check_family(f) for f in args.families.split(",")]
+    families = FAMILIES if args.families in ((), ("all",)) else [check_family(f) for f in args.families]
     rows = {}
     for family in families:
         real = real_maps(args.maps, family)

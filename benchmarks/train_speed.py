@@ -4,16 +4,18 @@ import dataclasses
 import json
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
 
 from benchmarks.wave_speed import seconds
-from cfg import Config, parse
+from cfg import TRAIN, Config, parse
 from data import whole
 from openfwi.files import find_pairs
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
+from options.fields import Section
 from train import train_epoch
 from training.guards import BadSteps, Stop
 from training.loader import make_loaders
@@ -21,11 +23,22 @@ from training.log import Log, peak_memory_gb
 from training.trainer import Trainer
 from utils import processes
 
+TRAIN_SPEED = Section("train", "the training loop against a bare one, with these options", (TRAIN,))
 
-def bench_train(args, options):
-    """Our training loop against forward, loss, backward and step of the same network on fixed tensors."""
-    cfg = parse(["--preset=demo", f"--batch_size={Config.batch_size}", *options])
-    cfg = dataclasses.replace(cfg, log_every=10**9, save_minutes=10**9, synth_per_family=0)
+
+@dataclass
+class TrainSpeedOptions(Config):
+    """The options of `bench.py train`: train.py's, and some more."""
+
+    steps: int = TRAIN_SPEED(16, "steps a turn", above=0)
+    repeats: int = TRAIN_SPEED(7, "turns", above=0)
+    json: str = TRAIN_SPEED("", "file to write every number to")
+
+
+def bench_train(argv):
+    """Time the training loop against forward, loss, backward and step on fixed tensors."""
+    args = parse(["--preset=demo", f"--batch_size={Config.batch_size}", *argv], options=TrainSpeedOptions)
+    cfg = dataclasses.replace(args, log_every=10**9, save_minutes=10**9, synth_per_family=0)
     with tempfile.TemporaryDirectory() as folder, processes(cfg) as process:
         n = cfg.batch_size * args.steps
         rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import waves
+from options.fields import Options, Section
+from utils import pick_device
 from waves.cpu import compiled
 from waves.engine import windows_of
 from waves.passes import BLOCK, MARGIN
@@ -50,7 +53,7 @@ def with_gradient(simulate):
 
 def two_maps(path):
     """The slowest and the fastest map of an .npy or .npz file, or two layered ones: {name: (Z, X) m/s}."""
-    if path is None:
+    if not path:
         layers = {"low": (1500, 1700, 1900, 2100, 2300), "high": (1500, 2200, 3000, 3800, 4500)}
         return {
             name: torch.tensor(v).float().repeat_interleave(14)[:, None].expand(70, 70)
@@ -123,9 +126,29 @@ def active_updates(vel, acquisition=waves.OPENFWI):
     return made, nz * nx * acquisition.n_samples * len(acquisition.sources)
 
 
+WAVE = Section("wave", "simulation and its gradient against the plain loop and deepwave")
+
+
+@dataclass
+class WaveOptions(Options):
+    """The options of `bench.py wave`."""
+
+    maps: str = WAVE("", ".npy or .npz file of velocity maps; none = two layered ones")
+    batch: tuple = WAVE((1, 8), "maps a call", items=int, above=0)
+    who: tuple = WAVE(("ours", "plain", "deepwave"), "contenders: ours, plain, deepwave")
+    repeats: int = WAVE(5, "turns", above=0)
+    threads: int = WAVE(0, "CPU threads; 0 = torch's default", most=4096)
+    device: str = WAVE("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    soak: int = WAVE(0, "> 0: instead simulate this many maps in a loop and watch the memory")
+    json: str = WAVE("", "file to write every number to")
+
+
 def bench_wave(args):
-    """Simulation and its gradient against the plain loop and deepwave, by turns."""
-    device = torch.device(args.device)
+    """Time simulation and its gradient against the plain loop and deepwave, by turns."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = pick_device(args.device)
+    if args.soak:
+        return soak(args.soak, device)
     start = time.perf_counter()
     if device.type == "cpu":
         compiled()
@@ -137,7 +160,7 @@ def bench_wave(args):
         contenders["deepwave"] = deepwave_simulate
     except ImportError:
         print("deepwave is not installed (pip install deepwave): its rows are left out")
-    contenders = {name: contenders[name] for name in args.who.split(",") if name in contenders}
+    contenders = {name: contenders[name] for name in args.who if name in contenders}
     bandwidth = memory_bandwidth(device)
     processor = (
         torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()

@@ -4,7 +4,24 @@ import contextlib
 import dataclasses
 import difflib
 
+from options.help import print_help
+
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_options(argv, options, intro):
+    """Command-line words -> an instance of `options`, a dataclass of `options.fields.Options`.
+
+    `--help` prints `intro` and the options, and exits. Raises ValueError, one line, for what does not fit.
+    """
+    if asks_for_help(argv):
+        print_help(options, intro)
+        raise SystemExit(0)
+    return options(**read_words(argv, options))
+
+
+def asks_for_help(argv):
+    return not {"-h", "--help"}.isdisjoint(argv)
 
 
 def nearest(word, words, prefix=""):

@@ -52,6 +52,15 @@ class Section:
         return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclass
+class Options:
+    """A program's options, its fields declared by a `Section`. Raises ValueError for wrong values."""
+
+    def __post_init__(self):
+        check_types(self)
+        check_limits(self)
+
+
 def check_types(options):
     """Give every field its declared type: an int may serve for a float, a list for a tuple.
 

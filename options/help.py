@@ -24,8 +24,8 @@ def sections(options, program=None):
     return found
 
 
-def print_help(options, program, intro, presets=()):
-    """Print a program's options with their defaults, a section at a time, aligned."""
+def print_help(options, intro, program=None, presets=()):
+    """Print options with their defaults, a section at a time, aligned; those of one program where named."""
     print(intro.strip())
     if presets:
         print(f"\nPresets: {', '.join(presets)}")
@@ -62,7 +62,7 @@ def markdown(options, presets, architectures):
         lines += ["| option | default | meaning | programs |", "|---|---|---|---|"]
         for field in fields:
             default = f"`{written(field.default)}`" if written(field.default) else "none"
-            programs = ", ".join(f"{name}.py" for name in field.metadata["programs"])
+            programs = ", ".join(field.metadata["programs"])
             lines.append(f"| `--{field.name}` | {default} | {field.metadata['meaning']} | {programs} |")
     for title, table in (("preset", presets), ("arch", architectures)):
         lines += ["", f"## What each `--{title}` sets", "", f"| {title} | options |", "|---|---|"]

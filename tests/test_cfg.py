@@ -129,7 +129,7 @@ def test_a_wrong_type_edited_into_the_file_is_refused():
     assert Config(lr=1).lr == 1.0 and isinstance(Config(lr=1).lr, float)  # an int may serve for a float
 
 
-@pytest.mark.parametrize("program", ["train", "infer"])
+@pytest.mark.parametrize("program", ["train.py", "infer.py", "bench.py network"])
 def test_help_shows_a_programs_own_sections_aligned_with_their_defaults(program, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"], program)
@@ -139,7 +139,7 @@ def test_help_shows_a_programs_own_sections_aligned_with_their_defaults(program,
         assert (f"  --{field.name}=" in text) == (program in field.metadata["programs"])
     for section in ("run:", "network:"):
         assert f"\n{section}" in text
-    assert ("\ninference:" in text) == (program == "infer") or program == "train"
+    assert ("\ninference:" in text) == (program == "infer.py") or program == "train.py"
     column = next(line for line in text.splitlines() if line.startswith("  --width=32")).index("seisnext:")
     assert next(line for line in text.splitlines() if line.startswith("  --batch_size=16"))[column - 1] == " "
 

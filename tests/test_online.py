@@ -417,7 +417,7 @@ def test_vary_on_the_command_line_writes_exact_pairs_and_the_same_ones_again(fil
         f"--vary={files}",
         "--n_per_family=0",
         out,
-        words=["n_per_family and per_file of at least 1"],
+        words=["say --n_per_family=N"],
     )
 
 
