@@ -20,7 +20,7 @@ from model import build_model
 from openfwi.modes import preprocess
 from report.scores import Score, score_table
 from training.guards import BadSteps, Stop
-from training.launch import adapted, check_config, launch
+from training.launch import adapted, check_compile, check_config, launch, memory_explained
 from training.loader import make_loaders, prepare_data
 from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
@@ -56,7 +56,8 @@ def main(argv):
     launch(cfg, __file__, argv)
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
-    with processes(cfg) as process:
+    with processes(cfg) as process, memory_explained(cfg, process.device):
+        check_compile(cfg, process.device)
         return train(cfg, process, folder, state)
 
 

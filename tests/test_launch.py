@@ -2,15 +2,17 @@
 
 import os
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import ROOT, SMALL
 
 import train
 from cfg import Config
-from training.launch import launch
+from training.launch import launch, memory_explained
 from utils import load_checkpoint
 
 
@@ -64,3 +66,74 @@ def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_h
     assert "training on one of 2 cards, as called from Python" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--gpus=2: a call from Python trains on one card"):
         train_here("--device=auto", "--gpus=2")
+
+
+def test_weights_and_biases_that_is_missing_or_not_logged_in_is_said_before_data_are_read(
+    tmp_path, monkeypatch, refuses
+):
+    words = [f"--data_root={tmp_path}", "--arch=seisnext"]  # the folder holds no data
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    refuses(train.main, *words, "--wandb=online", words=["--wandb=online: not logged in", "--wandb=offline"])
+
+    def fails(prompt):
+        raise wandb.Error("no network\nat all")
+
+    monkeypatch.setattr(wandb, "login", fails)
+    refuses(train.main, *words, "--wandb=online", words=["--wandb=online: no network; call `wandb login`"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refuses(train.main, *words, "--wandb=offline", words=["wandb is not installed; pip install wandb"])
+
+
+def test_a_missing_compiler_is_said_before_data_are_read(tmp_path):
+    words = [
+        f"--data_root={tmp_path}",
+        "--arch=seisnext",
+        "--head=perfect",
+        "--device=cpu",
+        "--compile=default",
+    ]
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words],
+        env={"CXX": "/no/compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("train.py: error: --compile=default does not work on cpu here (")
+    assert "leave --compile out" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def too_much():
+    torch.empty(1 << 60)
+
+
+def too_much_on_a_card():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+
+
+def too_much_for_python():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [too_much, too_much_on_a_card, too_much_for_python])
+@pytest.mark.parametrize(
+    "size, remedy",
+    [
+        (4, "--batch_size=2 --accumulate=2 makes the same steps"),
+        (3, "--batch_size=1 needs"),
+        (1, "smaller network"),
+    ],
+)
+def test_running_out_of_memory_is_one_line_with_the_option_to_change(
+    two_families, tmp_path, monkeypatch, refuses, fails, size, remedy
+):
+    monkeypatch.setattr(train, "mean_map", lambda items: fails())
+    words = [f"--data_root={two_families}", f"--run_root={tmp_path}", *SMALL, f"--batch_size={size}"]
+    refuses(train.main, *words, words=[f"out of memory on cpu with --batch_size={size}", remedy])
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    for words in ("size mismatch", "an illegal memory access was encountered"):
+        with pytest.raises(RuntimeError, match=words), memory_explained(Config(), torch.device("cpu")):
+            raise RuntimeError(words)

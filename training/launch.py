@@ -1,5 +1,6 @@
 """Before training starts: options that cannot work together, and one process for each card."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -32,6 +33,68 @@ def check_config(cfg):
     check_model(cfg)
     parse_family_weights(cfg.family_weights)
     check_writable(cfg.run_root)
+    if cfg.online:
+        check_writable(cfg.online_cache or cfg.run_root)
+    if cfg.wandb != "off" and os.environ.get("RANK", "0") == "0":
+        check_wandb(cfg)
+
+
+def check_wandb(cfg):
+    """Raise ValueError unless Weights & Biases is installed and, for online, logged in."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"--wandb={cfg.wandb}: wandb is not installed; pip install wandb, or --wandb=off"
+        ) from None
+    if cfg.wandb == "online":
+        try:
+            if not wandb.login(prompt=False):
+                raise ValueError("--wandb=online: not logged in; call `wandb login`, or use --wandb=offline")
+        except wandb.Error as error:
+            raise ValueError(
+                f"--wandb=online: {first_line(error)}; call `wandb login`, or use --wandb=offline"
+            ) from None
+
+
+def check_compile(cfg, device):
+    """Raise ValueError unless torch.compile works on this device; it needs a compiler, and Triton on CUDA."""
+    if cfg.compile == "off":
+        return
+    try:
+        torch.compile(lambda x: x.sin() + 1, mode=cfg.compile)(torch.ones(8, device=device))
+    except Exception as error:  # each backend raises its own
+        raise ValueError(
+            f"--compile={cfg.compile} does not work on {device.type} here ({first_line(error)}); "
+            "install what it misses, or leave --compile out"
+        ) from None
+
+
+# in what CUDA, its libraries, MPS and the CPU's allocators say
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+@contextlib.contextmanager
+def memory_explained(cfg, device):
+    """Where memory runs out, on a card or the CPU, raise MemoryError that says which option to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        n = cfg.batch_size
+        options = "a smaller network or --mode=smart_256x72 needs less"
+        if n > 1:
+            options = f"--batch_size={n // 2} needs less"
+        if n % 2 == 0:
+            options = f"--batch_size={n // 2} --accumulate={2 * cfg.accumulate} makes the same steps"
+        raise MemoryError(
+            f"out of memory on {device} with --batch_size={n} ({first_line(error)}); {options}"
+        ) from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def launch(cfg, program, argv):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 import uuid
@@ -181,24 +182,28 @@ def start_wandb(cfg, folder):
     """A Weights & Biases run for this run folder, the same one when resumed; None when off."""
     if cfg.wandb == "off":
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"--wandb={cfg.wandb}: wandb is not installed; pip install wandb, or --wandb=off"
-        ) from None
+    import wandb
+
     path = folder / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return wandb.init(
-        project="openfwi",
-        name=folder.name,
-        id=path.read_text(encoding="utf-8"),
-        resume="allow",
-        mode=cfg.wandb,
-        dir=str(folder),
-        config=dataclasses.asdict(cfg),
-    )
+    (name,) = read_lines(path)[:1] or [""]
+    if not re.fullmatch(r"[0-9a-f]{8}", name):
+        name = uuid.uuid4().hex[:8]
+        with write_atomic(path, "w") as file:
+            file.write(name)
+    try:
+        return wandb.init(
+            project="openfwi",
+            name=folder.name,
+            id=name,
+            resume="allow",
+            mode=cfg.wandb,
+            dir=str(folder),
+            config=dataclasses.asdict(cfg),
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"--wandb={cfg.wandb}: {str(error).splitlines()[0]}; use --wandb=offline, or off"
+        ) from None
 
 
 def make_profiler(log):
