@@ -19,9 +19,8 @@ from networks.decoder import (
     PerfectSegmentationHead,
 )
 from networks.encoder import N_SOURCES, SeisEncoder, timm_encoder
+from openfwi.modes import MODE_SHAPES
 from utils import FAMILIES, V_MAX, V_MIN, mirror_survey
-
-MODES = {"full": (1000, 70), "smart_256x72": (256, 72), "small_72x72": (72, 72)}  # (T, R) of the input
 
 
 class SignedLog(nn.Module):
@@ -51,7 +50,9 @@ SCALINGS = {"none": nn.Identity, "signed_log": SignedLog, "time_gain": TimeGain}
 def to_velocity(x, bounded):
     """Network output -> m/s, in float32: near 3000, float16 velocities are 2 m/s apart."""
     x = x.float()
-    return V_MIN + (V_MAX - V_MIN) * x.sigmoid() if bounded else 1500 * x + 3000
+    if bounded:
+        return V_MIN + (V_MAX - V_MIN) * x.sigmoid()
+    return (V_MAX - V_MIN) / 2 * x + (V_MAX + V_MIN) / 2
 
 
 def check_input(seis, shape):
@@ -65,7 +66,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.shape, self.bounded = (N_SOURCES, *MODES[cfg.mode]), cfg.bounded
+        self.shape, self.bounded = MODE_SHAPES[cfg.mode], cfg.bounded
         self.scaling = SCALINGS[cfg.input_scaling]()
         self.backbone, n_features = self.encoder(cfg)
         self.decoder = Decoder(n_features, cfg)
@@ -127,7 +128,7 @@ class InversionNet(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.shape = (N_SOURCES, *MODES["full"])
+        self.shape = MODE_SHAPES["full"]
         self.scaling = SCALINGS[cfg.input_scaling]()
         n, convs = N_SOURCES, []
         for n_out, kernel, stride in self.ENCODER:
@@ -151,7 +152,7 @@ ARCHS = {"unet": UNet, "seisnext": SeisNeXt, "inversionnet": InversionNet}
 
 CHOICES = {
     "arch": ARCHS,
-    "mode": MODES,
+    "mode": MODE_SHAPES,
     "norm": ("instance", "layer"),
     "activation": ("gelu", "original"),
     "upsample": UPSAMPLE,
@@ -204,7 +205,7 @@ def check_model(cfg):
 def build_model(cfg):
     """The network of a configuration: seis (B, 5, T, R) float -> vel (B, 1, 70, 70) float32, m/s.
 
-    (T, R) is `MODES[cfg.mode]`. Raises ValueError for options that do not fit each other.
+    (5, T, R) is `MODE_SHAPES[cfg.mode]`. Raises ValueError for options that do not fit each other.
     """
     check_model(cfg)
     return ARCHS[cfg.arch](cfg)

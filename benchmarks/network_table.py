@@ -7,15 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfg import NETWORK, parse
-from model import MODES, UNet, build_model
-from networks.encoder import N_SOURCES
+from model import UNet, build_model
+from openfwi.modes import MODE_SHAPES
 
 
 def measure(cfg, batch):
     """Size and speed of a configuration's network, {what: text}."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = build_model(cfg).to(device)
-    seis = torch.randn(batch, N_SOURCES, *MODES[cfg.mode], device=device)
+    seis = torch.randn(batch, *MODE_SHAPES[cfg.mode], device=device)
     saved = {}
 
     def keep(tensor):

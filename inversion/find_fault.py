@@ -10,6 +10,7 @@ from inversion.gauss_newton import gauss_newton, least_squares_in_box
 from inversion.parameters import Fault
 from inversion.population import CONTRASTS, depths_beneath, evolve, parents, top_velocity
 from synthetic.soft_fault import FAULT_ENDS, N_FINE, THROW, border_point, fault_line
+from utils import V_MAX, V_MIN
 
 WINDOWS = ((220, 12), (300, 10), (400, 8))  # samples, survivors
 N_DRAWN = 400  # faults through what is seen beneath the sources, the best of them into the first population
@@ -53,7 +54,7 @@ def _random_fault(n, guess, rng):
     model = Fault(n, bool(rng.integers(2)))
     thickness = rng.permutation(np.full(n + 1, 60 / (n + 1))) + 10 * rng.dirichlet(np.ones(n + 1))
     throw = rng.choice([-1, 1]) * rng.integers(THROW[0], THROW[1] + 1)
-    velocities = np.linspace(1500, 4500, n + 1)
+    velocities = np.linspace(V_MIN, V_MAX, n + 1)
     theta = np.concatenate([velocities, np.cumsum(thickness)[:n], [*rng.integers(*FAULT_ENDS, 2), throw]])
     layer = np.abs(model.smooth(theta)[..., None] - velocities).argmin(-1)
     medians = [np.median(guess[layer == k]) if (layer == k).any() else velocities[k] for k in range(n + 1)]
@@ -162,7 +163,7 @@ def _elsewhere(theta, n):
     trials = []
     for depth, contrast in itertools.product(range(4, 69, 2), CONTRASTS):
         k = int(np.searchsorted(depths, depth))
-        if velocities[k] + contrast < np.append(velocities, 4500)[k + 1]:
+        if velocities[k] + contrast < np.append(velocities, V_MAX)[k + 1]:
             new = np.insert(velocities, k + 1, velocities[k] + contrast), np.insert(depths, k, depth)
             trials.append(np.concatenate([*new, theta[-3:]]))
     return np.array(trials)
@@ -175,7 +176,7 @@ def _blocks(theta, n):
         above = theta[n + k - 1] if k else 2.0
         below = theta[n + k + 1] if k < n - 2 else 71.0
         velocities = theta[k] + np.array([5.0, *CONTRASTS])
-        pairs = _grid(np.arange(above + 2, below - 1, 2), velocities[velocities < 4500])
+        pairs = _grid(np.arange(above + 2, below - 1, 2), velocities[velocities < V_MAX])
         blocks.append(_varied(theta, [n + k, k + 1], pairs))
     blocks.append(_elsewhere(theta, n))
     pairs = _grid(np.append(throws, -throws), theta[-3] + np.array([-8, -4, 0, 4, 8]))

@@ -15,6 +15,7 @@ from inversion.gauss_newton import gauss_newton, settle
 from inversion.parameters import SPACINGS, Layers, paint
 from inversion.population import CONTRASTS, UNHEARD, depths_beneath, evolve, parents, top_velocity
 from synthetic.layers import N_CELLS
+from utils import V_MAX, V_MIN
 
 FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
 
@@ -45,7 +46,7 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
     for ratio in (1.1, 1.2, 1.35) if guess is not None else ():
         above = np.vstack([guess > top * ratio, np.ones((1, N_CELLS), bool)])
         controls = _fit_controls(layers, range(N_CELLS), above.argmax(0).clip(3, 40), 1.0)
-        starts.append(np.concatenate([[top, min(4500, top * (2 * ratio - 1))], controls]))
+        starts.append(np.concatenate([[top, min(V_MAX, top * (2 * ratio - 1))], controls]))
     n_found = len(starts)
     while len(starts) < n:
         start = starts[rng.integers(n_found)].copy()
@@ -121,7 +122,7 @@ def _add_interface(observed, layers, theta, n_samples):
     """One interface more, its contrast and common shift chosen by trial."""
     last = theta[layers.n]
     steps = [s * c for c in CONTRASTS for s in ((1,) if layers.increasing else (1, -1))]
-    velocities = sorted({float(np.clip(last + step, 1500, 4500)) for step in steps})
+    velocities = sorted({float(np.clip(last + step, V_MIN, V_MAX)) for step in steps})
     trials = [layers.deeper(theta, v, shift) for v in velocities for shift in (-0.6, 0.0, 0.6)]
     norms = observed.residuals([model.smooth(t) for model, t in trials], n_samples).norm(dim=1)
     return trials[int(norms.argmin())]

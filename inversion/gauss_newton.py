@@ -10,6 +10,7 @@ import torch
 
 from inversion.parameters import paint
 from synthetic.layers import N_CELLS
+from utils import V_MAX, V_MIN
 
 DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
 
@@ -115,7 +116,7 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
         shares = least_squares_in_box(rows, residual, bounds)
         # of a thin layer, depth and velocity tell the same: the velocities are tried alone too
         alone = least_squares_in_box(rows[n:], residual, bounds[:, n:])
-        both, alone = (np.clip(velocities + step * some, 1500, 4500) for some in (shares[n:], alone))
+        both, alone = (np.clip(velocities + step * some, V_MIN, V_MAX) for some in (shares[n:], alone))
         if increasing:
             both, alone = np.maximum.accumulate(both), np.maximum.accumulate(alone)
         trials = [(np.rint(both), depths), (np.rint(alone), depths)]

@@ -6,6 +6,7 @@ import numpy as np
 
 from synthetic.layers import N_CELLS, SPLINE
 from synthetic.soft_fault import FAULT_ENDS, N_FINE, THROW, slip_soft, undecided
+from utils import V_MAX, V_MIN
 
 SPACINGS = tuple(N_CELLS / n for n in range(3, 8))  # cells between the interfaces of Vel families
 ROUNDING = 0.8  # a depth y begins the lower layer at cell floor(y + 0.8): measured on real CurveVel_A
@@ -72,7 +73,7 @@ class Layers:
 
     def bounded(self, velocities):
         """Velocities within OpenFWI's range, in version A increasing."""
-        return np.clip(np.maximum.accumulate(velocities) if self.increasing else velocities, 1500, 4500)
+        return np.clip(np.maximum.accumulate(velocities) if self.increasing else velocities, V_MIN, V_MAX)
 
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1
@@ -136,7 +137,7 @@ class Fault:
 
     def clip(self, theta):
         theta, n = theta.copy(), self.n + 1
-        theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), 1500, 4500)
+        theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), V_MIN, V_MAX)
         theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)
         theta[-3:-1] = np.clip(theta[-3:-1], FAULT_ENDS[0], FAULT_ENDS[1] - 1)
         theta[-1] = np.copysign(np.clip(abs(theta[-1]), *THROW), theta[-1])

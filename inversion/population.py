@@ -6,6 +6,7 @@ import waves
 from inversion.gauss_newton import gauss_newton
 from inversion.parameters import shade
 from synthetic.layers import N_CELLS
+from utils import V_MAX, V_MIN
 
 UNHEARD = 1e-3  # norm of residuals below which no echo tells candidates apart
 
@@ -23,8 +24,8 @@ def top_velocity(observed):
     """Velocity of the uppermost layer, m/s: read from the first sample, or fitted where noise hides that."""
     v = surface_velocity(observed)
     if observed.noise < 1e-5 * abs(waves.ricker(1).item()) and v.min() > 1000:
-        return float(np.clip(np.rint(v.min()), 1500, 4500))
-    tried = np.arange(1500.0, 4501.0, 50)
+        return float(np.clip(np.rint(v.min()), V_MIN, V_MAX))
+    tried = np.arange(V_MIN, V_MAX + 1, 50)
     norms = observed.residuals([np.full((N_CELLS, N_CELLS), v) for v in tried], 90).norm(dim=1)
     return float(tried[int(norms.argmin())])
 
@@ -78,7 +79,7 @@ def parents(population, rng):
 def depths_beneath(observed, top, increasing):
     """First interface beneath each source, as if the ground were flat there: [(cells, m/s below), …]."""
     ratios = np.array([1.01, 1.03, 1.07, 1.13, 1.22, 1.35, 1.6, 2.0])
-    below = np.clip(top * (ratios if increasing else np.concatenate([ratios, 1 / ratios])), 1500, 4500)
+    below = np.clip(top * (ratios if increasing else np.concatenate([ratios, 1 / ratios])), V_MIN, V_MAX)
     grid = [(depth, v) for depth in np.arange(4.0, 37.0) for v in np.unique(below)]
     n_samples = min(1000, int(2e4 * 37 / top + 120))
     maps = [shade(np.array([top, v]), np.full((1, N_CELLS), depth)) for depth, v in grid]

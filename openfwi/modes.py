@@ -1,4 +1,4 @@
-"""The three input modes: full (1000 x 70), smart (256 x 72) and small (72 x 72)."""
+"""The input modes: what a network sees of a full gather of 5 x 1000 x 70."""
 
 import torch.nn.functional as F
 
@@ -6,22 +6,28 @@ from openfwi.npy import GATHER_SHAPE
 
 
 def preprocess(seis, mode):
-    """Full gathers (B, 5, 1000, 70) float32 as an input mode's; raises KeyError for modes there are not.
+    """Full gathers (B, 5, 1000, 70) float32 -> those of an input mode: (B, *MODE_SHAPES[mode]).
 
-    Those of a packed copy, which have the mode's shape already, stay as they are.
-
-    full: unchanged. smart_256x72: early arrivals, the first 512 samples halved to
-    256 by a binomial low-pass (the signal ends near 45 Hz, 250 Hz remain), the
-    edge receivers repeated: (B, 5, 256, 72). small_72x72: as the public
-    preprocessed set, area-resized to 70x70, edges repeated: (B, 5, 72, 72).
-    All commute with `mirror_survey`.
+    Gathers of a packed copy, which have the mode's shape already, stay as they are. All modes commute with
+    `mirror_survey`. Raises ValueError for an unknown mode.
     """
+    check_mode(mode)
     if seis.shape[-2:] == MODE_SHAPES[mode][-2:]:
         return seis
-    return {"smart_256x72": _early, "small_72x72": _small}[mode](seis)
+    return CONVERSIONS[mode](seis)
 
 
-def _early(seis):
+def check_mode(mode):
+    """Raise ValueError unless `mode` is an input mode."""
+    if mode not in MODE_SHAPES:
+        raise ValueError(f"--mode={mode}: expected one of {', '.join(MODE_SHAPES)}")
+
+
+def early_arrivals(seis):
+    """smart_256x72: the first 512 samples, halved to 256 by a binomial low-pass; the edge receivers repeated.
+
+    The signal ends near 45 Hz; 250 Hz remain.
+    """
     n_batch, n_sources, _, n_receivers = seis.shape
     kernel = seis.new_tensor([[[1, 3, 3, 1]]]) / 8
     traces = seis[:, :, :512].movedim(2, 3).reshape(-1, 1, 512)
@@ -30,8 +36,10 @@ def _early(seis):
     return F.pad(halved, (1, 1, 0, 0), mode="replicate")
 
 
-def _small(seis):
+def small_image(seis):
+    """small_72x72, as the public preprocessed set: the means of 70 x 70 areas, the edges repeated."""
     return F.pad(F.interpolate(seis, (70, 70), mode="area"), (1, 1, 1, 1), mode="replicate")
 
 
 MODE_SHAPES = {"full": GATHER_SHAPE, "smart_256x72": (5, 256, 72), "small_72x72": (5, 72, 72)}
+CONVERSIONS = {"smart_256x72": early_arrivals, "small_72x72": small_image}

@@ -374,6 +374,8 @@ def test_flip_reverses_sources_receivers_and_the_map_of_the_chosen_only():
 )
 def test_each_mode_has_its_shape_and_commutes_with_mirroring(mode, shape):
     seis = torch.randn(2, 5, 1000, 70)
+    with pytest.raises(ValueError, match="--mode=half: expected one of full, smart_256x72, small_72x72"):
+        preprocess(seis, "half")
     got = preprocess(seis, mode)
     assert got.shape == (2, 5, *shape)
     assert torch.allclose(preprocess(mirror_survey(seis), mode), mirror_survey(got), atol=1e-5)

@@ -17,6 +17,7 @@ from cfg import Config
 from model import build_model, extra_loss, predict_tta
 from networks import decoder, encoder, weights
 from networks.weights import load_weights
+from openfwi.modes import MODE_SHAPES
 from utils import mirror_survey
 
 OURS = {
@@ -43,7 +44,7 @@ def network(seed=0, **options):
 
 def gathers(n=2, mode="full", seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return 10 * torch.randn(n, 5, *model.MODES[mode], generator=generator)
+    return 10 * torch.randn(n, *MODE_SHAPES[mode], generator=generator)
 
 
 def layered_maps(n=2):
@@ -283,10 +284,10 @@ def test_options_that_do_not_fit_are_refused_with_those_that_do(options, words):
 
 
 @pytest.mark.parametrize(
-    "options", [*({"mode": mode} for mode in model.MODES), OURS, {"arch": "inversionnet"}], ids=str
+    "options", [*({"mode": mode} for mode in MODE_SHAPES), OURS, {"arch": "inversionnet"}], ids=str
 )
 def test_wrong_input_shape_says_got_and_expected(options):
-    n, width = model.MODES[options.get("mode", "full")]
+    _, n, width = MODE_SHAPES[options.get("mode", "full")]
     for shape in ((2, 5, n - 1, width), (2, 5, n, width + 1), (2, 4, n, width), (5, n, width)):
         with pytest.raises(ValueError) as error:
             network(**options)(torch.zeros(shape))

@@ -17,6 +17,7 @@ from timm.models import convnext, metaformer
 import model
 from model import extra_loss, predict_tta
 from networks.weights import load_weights
+from openfwi.modes import MODE_SHAPES
 from training.loss import sample_losses
 from utils import mirror_survey
 
@@ -44,9 +45,9 @@ OTHERS = {  # networks with an encoder of their own
     "seisnext, all": {**OURS, "fusion": True, **dict.fromkeys(model.EXTRAS, True)},
     "inversionnet": {"arch": "inversionnet"},
 }
-UNETS = list(itertools.product(model.MODES, ENCODERS, DECODERS))
+UNETS = list(itertools.product(MODE_SHAPES, ENCODERS, DECODERS))
 # every mode, encoder and decoder option, each pair of mode and encoder; N_COMBINATIONS=all takes the product
-SOME = [(list(model.MODES)[i % 3], list(ENCODERS)[i % 4], decoder) for i, decoder in enumerate(DECODERS)]
+SOME = [(list(MODE_SHAPES)[i % 3], list(ENCODERS)[i % 4], decoder) for i, decoder in enumerate(DECODERS)]
 if os.environ.get("N_COMBINATIONS") == "all":
     SOME = UNETS
 
