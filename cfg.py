@@ -383,6 +383,16 @@ def network_config(cfg, checkpoint):
     saved = {name: options[name] for name in NETWORK_FIELDS if name in options}
     brought = ARCHITECTURES.get(str(saved.get("arch")), {})
     brought = {name: brought[name] for name in NETWORK_FIELDS if name in brought and name not in cfg.given}
+    untold = {name: value for name, value in brought.items() if name not in saved}
+    if untold and len(untold) < len(brought):  # as when `arch` brought nothing; weights do not tell
+        now, before = (
+            " ".join(f"--{name}={written(value)}" for name, value in values.items())
+            for values in (untold, {name: getattr(Config, name) for name in untold})
+        )
+        raise ValueError(
+            f"{cfg.ckpt}: its options leave out {', '.join(untold)}; add what it was trained with: "
+            f"--arch={saved['arch']} means {now} now and meant {before} before"
+        )
     try:
         mine = dataclasses.replace(cfg, **(brought | saved), pretrained=False)
     except ValueError as error:

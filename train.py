@@ -17,6 +17,7 @@ import torch
 from cfg import network_config, parse
 from data import mean_map
 from model import build_model
+from networks.checkpoints import load_described
 from openfwi.modes import preprocess
 from report.scores import Score, score_table
 from training.guards import BadSteps, Stop
@@ -27,15 +28,7 @@ from training.online import Online
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
 from training.runs import check_reload, save_best, save_last, start_run
 from training.trainer import Trainer
-from utils import (
-    FAMILIES,
-    load_checkpoint,
-    processes,
-    run_program,
-    say_on_stderr,
-    seed_all,
-    sole_use,
-)
+from utils import FAMILIES, processes, run_program, say_on_stderr, seed_all, sole_use
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
 
@@ -51,7 +44,7 @@ def main(argv):
     if state:
         cfg = resumed_config(cfg, folder, state)
     elif cfg.ckpt:
-        cfg = network_config(cfg, load_checkpoint(cfg.ckpt))
+        cfg = network_config(cfg, load_described(cfg.ckpt))
     check_config(cfg)
     launch(cfg, __file__, argv)
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""What every program needs: processes and devices, checkpoints, logs, scores, figures."""
+"""What every program needs: processes and devices, signals, files written whole."""
 
 import contextlib
 import ctypes
@@ -314,7 +314,7 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-# ---------------------------------------------------------------- run folders, checkpoints
+# ---------------------------------------------------------------- files and folders
 
 
 def check_writable(folder):
@@ -436,49 +436,6 @@ def sole_use(folder, patience_s=5.0):
             file.flush()
             yield
             return
-
-
-def save_checkpoint(path, state, keep_as=None):
-    """Write `state` (tensors, numbers, strings, containers) whole or not at all; OSError names the file.
-
-    With `keep_as` the checkpoint that was there is kept under that name.
-    """
-    path = Path(path)
-    with write_atomic(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch hides the reason, such as a full disk, behind one of its own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
-        if keep_as and path.exists():
-            os.replace(path, keep_as)
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of ours, or a bare state dict, onto the CPU.
-
-    Returns a dict with at least `model` (name -> tensor); a bare state dict
-    comes back as {"model": it}. Raises ValueError, naming the file, when it
-    is missing, damaged, or holds anything but plain data.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; give --ckpt=PATH of a .pt file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # zip, pickle and torch each raise their own
-        reason = str(error).split("\n")[0][:160]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); copy or train it again") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        return state
-    if isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()):
-        return {"model": state}
-    raise ValueError(f"{path}: holds no weights; expected a state dict, or a dict with the key 'model'")
-
-
-def averaged_weights(checkpoint):
-    """The weights to predict with: the running average where the checkpoint holds one."""
-    return checkpoint.get("ema", checkpoint["model"])
 
 
 def read_lines(path):

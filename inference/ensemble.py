@@ -1,7 +1,6 @@
 """The networks that predict together: loaded from checkpoints of any kind, and their weights."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import torch
 from cfg import network_config
 from inference.tta import make_views, predict
 from model import build_model
+from networks.checkpoints import averaged_weights, load_described
 from networks.weights import load_weights
 from openfwi.modes import preprocess
 from postprocess import fuse
-from utils import AUTOCAST, FAMILIES, averaged_weights, load_checkpoint, pick_precision
+from utils import AUTOCAST, FAMILIES, pick_precision
 from waves.misfit import is_flat
 
 FLAT = FAMILIES.index("FlatVel_B")  # what a gather above flat layers is taken for: B asks less of them than A
@@ -28,15 +28,7 @@ class Member:
     """
 
     def __init__(self, cfg, path, device):
-        self.path = Path(path)
-        checkpoint, options = load_checkpoint(path), self.path.with_suffix(".json")
-        if "cfg" not in checkpoint and options.is_file():
-            try:
-                checkpoint["cfg"] = dict(json.loads(options.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{options}: not the network's options as JSON ({error}); correct it"
-                ) from None
+        self.path, checkpoint = Path(path), load_described(path)
         mine = copy.copy(cfg)
         mine.ckpt = str(path)
         if "," in cfg.ckpt and "cfg" in checkpoint:

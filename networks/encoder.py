@@ -3,18 +3,16 @@
 import math
 import pickle
 from collections import OrderedDict
-from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from timm.layers import LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+
+from networks.pretrained import OTHERWISE, check_filled, pretrained_source
+from networks.weights import check_finite, fill, matching
 
 N_SOURCES = 5
 
@@ -90,9 +88,6 @@ def _replace(module, choose):
             setattr(module, name, chosen)
 
 
-OTHERWISE = "use --pretrained=PATH (timm weights, .safetensors or .pth) or --pretrained=false"
-
-
 def timm_encoder(cfg):
     """A timm ConvNeXt or MetaFormer and the widths of its maps of 72, 36, 18 and 9 cells a side.
 
@@ -105,41 +100,36 @@ def timm_encoder(cfg):
             "or ConvFormer, such as convnext_small, convnextv2_tiny, caformer_b36"
         )
     options = {"features_only": True, "in_chans": N_SOURCES, "drop_path_rate": cfg.drop_path}
+    source, state = pretrained_source(cfg)
     try:
-        backbone = timm.create_model(cfg.backbone, **options, **_pretrained(cfg))
+        backbone = timm.create_model(cfg.backbone, **options, **source)
     except (RuntimeError, OSError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"pretrained weights of {cfg.backbone}: {reason}; {OTHERWISE}") from error
+    if source:
+        check_finite(backbone, cfg.pretrained if isinstance(cfg.pretrained, str) else cfg.backbone)
     STEMS[family](backbone, cfg.mode)
     if cfg.norm == "instance":
         _replace(backbone, _instance_norm)
     if cfg.activation == "gelu":
         _replace(backbone, _gelu)
+    if state is not None:
+        fill_encoder(backbone, state, cfg)
     return backbone, backbone.feature_info.channels()
 
 
-def _pretrained(cfg):
-    """Where timm finds ImageNet weights, as its arguments: a given file, the download cache, the network."""
-    if not cfg.pretrained:
-        return {}
-    path = cfg.pretrained
-    if path is not True and not Path(path).is_file():
-        raise ValueError(f"--pretrained={path}: no such file; {OTHERWISE}")
-    if path is True:
-        source = timm.get_pretrained_cfg(cfg.backbone)
-        if source is None or not source.hf_hub_id:
-            raise ValueError(f"--backbone={cfg.backbone}: timm has no pretrained weights of it; {OTHERWISE}")
-        path = huggingface_hub.try_to_load_from_cache(source.hf_hub_id, "model.safetensors")
-    if isinstance(path, str):
-        return {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
-    try:  # timm's own attempt takes a minute to give up
-        urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=5)
-    except HTTPError:
-        pass  # it answered
-    except OSError as error:
-        reason = f"{hub.ENDPOINT} cannot be reached"
-        raise ValueError(f"pretrained weights of {cfg.backbone}: {reason}; {OTHERWISE}") from error
-    return {"pretrained": True}
+def fill_encoder(backbone, state, cfg):
+    """Fill an encoder from a checkpoint of a whole network like ours, whose decoder is left out.
+
+    Raises ValueError where it does not fit.
+    """
+    mine = backbone.state_dict()
+    try:
+        found = matching(state, mine, cfg.pretrained)
+        check_filled(found, mine, cfg.backbone, cfg.pretrained)
+    except ValueError as error:
+        raise ValueError(f"{error}; {OTHERWISE}") from None
+    fill(backbone, mine | {key: v for key, v in found.items() if key in mine}, cfg.pretrained)
 
 
 # ---------------------------------------------------------------------------- ours

@@ -1,8 +1,5 @@
 """Weights put into networks: checked, and the backbone guessed from them."""
 
-import pickle
-from pathlib import Path
-
 import torch
 
 SIZES = {  # (stem width, blocks in the third stage): size
@@ -27,31 +24,75 @@ def guess_backbone(state):
     return None
 
 
-def load_weights(model, source, name="state dict"):
-    """Load a state dict, or the path of one, strictly, without the prefixes of torch.compile and DDP.
+def matching(state, wanted, name="state dict"):
+    """The part of a state dict whose keys, without a common prefix, are most of `wanted`: {key: tensor}.
 
-    Raises ValueError where it does not fit, with the backbone it seems to be of.
+    Prefixes are those of torch.compile, DDP and modules that hold the network, as Lightning's; what else such
+    a module holds is left out. Raises ValueError where two networks under different prefixes fit equally.
     """
-    if isinstance(source, str | Path):
-        name = source
-        try:
-            source = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{name}: no state dict that torch.load(weights_only=True) reads") from error
-    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in source.items()}
-    mine = model.state_dict()
-    faults = {
-        "misses": [key for key in mine if key not in state],
-        "has unexpected": [key for key in state if key not in mine],
-        "has another shape of": [key for key in mine if key in state and mine[key].shape != state[key].shape],
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
+    some = list(wanted)[:: max(1, len(wanted) // 8)]  # a prefix comes with many of them, a few will do
+    prefixes = {key[: -len(end)] for end in some for key in state if f".{key}".endswith(f".{end}")}
+    counts = {prefix: sum(prefix + key in state for key in wanted) for prefix in sorted(prefixes)}
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, n in counts.items() if n == most]
+    if len(best) > 1:
+        raise ValueError(
+            f"{name}: several networks, under {', '.join(best)}; save the one to use in a file of its own"
+        )
+    prefix = best[0] if best else ""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def differences(state, wanted):
+    """How a state dict differs from {key: tensor} wanted: {what: keys}, of what there is."""
+    found = {
+        "misses": [key for key in wanted if key not in state],
+        "has unexpected": [key for key in state if key not in wanted],
+        "has another shape of": [k for k in wanted if k in state and wanted[k].shape != state[k].shape],
     }
-    found = ", ".join(f"{what} {keys[0]}" for what, keys in faults.items() if keys)
-    if found:
+    return {what: keys for what, keys in found.items() if keys}
+
+
+def load_weights(model, state, name="state dict"):
+    """Load a state dict strictly, but for prefixes as of torch.compile, DDP and Lightning.
+
+    Raises ValueError where it does not fit, with the backbone it seems to be of, and where it is not finite.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: its weights are a {type(state).__name__}, expected a state dict")
+    mine = model.state_dict()
+    state = matching(state, mine, name)
+    if found := differences(state, mine):
         guess = guess_backbone(state)
         remedy = (
-            f"it seems to be a {guess}: --backbone={guess}" if guess else "give its --arch and --backbone"
+            f"it seems to be a {guess}: --backbone={guess}"
+            if guess
+            else "give the options it was trained with, as --arch, --backbone, --width, --decoder_norm"
         )
         if guess and guess.startswith("caformer"):
             remedy += " --norm=layer --activation=original --upsample=pixelshuffle --scse --skip_convs"
-        raise ValueError(f"{name}: does not fit this network ({found}); {remedy}")
-    model.load_state_dict(state)
+        faults = ", ".join(f"{what} {keys[0]}" for what, keys in found.items())
+        raise ValueError(f"{name}: does not fit this network ({faults}); {remedy}")
+    fill(model, state, name)
+
+
+def fill(model, state, name):
+    """Load a state dict that fits; raises ValueError, naming the tensor, where values are not finite."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # sparse, quantized or without values
+        raise ValueError(
+            f"{name}: tensors that cannot be copied ({str(error).strip().splitlines()[-1].strip()[:160]}); "
+            "save them dense, as floating-point numbers"
+        ) from None
+    check_finite(model, name)
+
+
+def check_finite(model, name):
+    """Raise ValueError, naming the tensor, where a network filled from `name` holds NaN or infinity."""
+    for key, value in model.state_dict().items():
+        if n := int((~torch.isfinite(value)).sum()):
+            raise ValueError(
+                f"{name}: {key} holds NaN or infinity ({n} of {value.numel()} values); use another checkpoint"
+            )

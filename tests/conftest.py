@@ -14,9 +14,10 @@ from cfg import Config, parse
 from infer import infer
 from inference.pseudo import pair_paths
 from model import build_model
+from networks.checkpoints import save_checkpoint
 from openfwi import npy
 from synthetic.maps import make_maps
-from utils import Process, run_program, save_checkpoint
+from utils import Process, run_program
 from waves.equation import simulate
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,8 @@ import bench
 from benchmarks import accuracy
 from cfg import parse
 from model import build_model
-from utils import FAMILIES, save_checkpoint
+from networks.checkpoints import save_checkpoint
+from utils import FAMILIES
 
 
 @pytest.fixture(autouse=True)

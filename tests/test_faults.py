@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, SMALL, write_pair
 
 import train
+from networks.checkpoints import load_checkpoint
 from training import loader
-from utils import load_checkpoint
 
 N_KILLS = int(os.environ.get("N_KILLS", 3))  # EXPERIMENTS.md has 20
 OPTIONS = [*SMALL, "--val_share=0.25", "--batch_size=2", "--epochs=4", "--save_minutes=0", "--name=fault"]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import CPU, ROOT, SMALL
 
+from networks.checkpoints import load_checkpoint
 from training.guards import Output, Stop
-from utils import Process, load_checkpoint
+from utils import Process
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_is_kept_for_the_next_step(monkeypatch):

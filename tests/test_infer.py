@@ -14,9 +14,10 @@ from inference.pseudo import write_pseudo
 from inference.submission import HEADER, submission_rows
 from inference.tta import make_views, predict
 from model import build_model
+from networks.checkpoints import save_checkpoint
 from openfwi.files import find_pairs
 from openfwi.gathers import GatherDataset, find_gathers, find_truths, read_truth
-from utils import Process, mirror_survey, save_checkpoint
+from utils import Process, mirror_survey
 from waves.equation import simulate
 from waves.misfit import log_misfit, misfit
 

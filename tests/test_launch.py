@@ -12,8 +12,8 @@ from conftest import ROOT, SMALL
 
 import train
 from cfg import Config
+from networks.checkpoints import load_checkpoint
 from training.launch import launch, memory_explained
-from utils import load_checkpoint
 
 
 def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):

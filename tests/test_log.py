@@ -11,8 +11,9 @@ import torch
 
 import train
 import utils
+from networks.checkpoints import load_checkpoint
 from training import log
-from utils import append_json, load_checkpoint
+from utils import append_json
 
 
 def test_profile_writes_a_chrome_trace(train_here):

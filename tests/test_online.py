@@ -19,13 +19,14 @@ import synth
 import train
 from cfg import Config
 from data import Items, whole
+from networks.checkpoints import load_checkpoint
 from openfwi import npy
 from openfwi.files import find_pairs
 from synthetic.maps import make_maps
 from synthetic.vary import vary
 from training import online as module
 from training.online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
-from utils import FAMILIES, Process, load_checkpoint, mirror_survey
+from utils import FAMILIES, Process, mirror_survey
 from waves.equation import simulate
 
 CPU = Process(torch.device("cpu"))

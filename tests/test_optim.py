@@ -8,10 +8,10 @@ import torch
 from conftest import CPU, NETWORK, random_batch
 
 from cfg import Config
+from networks.checkpoints import load_checkpoint
 from train import train_step
 from training.optim import MuonAdamW, Schedule, build_optimizer
 from training.trainer import Trainer
-from utils import load_checkpoint
 
 MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 

@@ -11,10 +11,10 @@ from conftest import CPU, SMALL, write_pair
 import train
 from cfg import TRAINING, Config, fields_that_decide
 from data import Items
+from networks.checkpoints import load_checkpoint, save_checkpoint
 from openfwi.files import find_pairs
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
 from training.trainer import Trainer
-from utils import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from networks.checkpoints import load_checkpoint
 from training.runs import new_run_folder, run_folders
-from utils import load_checkpoint
 
 
 def test_run_folders_are_numbered_through_all_names(tmp_path):

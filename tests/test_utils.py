@@ -14,18 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from networks.checkpoints import load_checkpoint, save_checkpoint
 from report.scores import Score, score_table
-from utils import (
-    StopSignals,
-    check_family,
-    load_checkpoint,
-    pick_device,
-    pick_precision,
-    run_program,
-    save_checkpoint,
-    sole_use,
-    write_atomic,
-)
+from utils import StopSignals, check_family, pick_device, pick_precision, run_program, sole_use, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -168,22 +159,6 @@ def test_a_folder_has_one_user_at_a_time_and_a_killed_one_frees_it(tmp_path):
         holder.wait()
     with sole_use(tmp_path / "run", patience_s=0.2):
         pass
-
-
-def test_checkpoints_with_code_in_them_are_refused(tmp_path):
-    torch.save({"model": {"w": torch.ones(1)}, "code": os.system}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_checkpoint(tmp_path / "evil.pt")
-
-
-def test_a_bare_state_dict_is_a_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "bare.pt", {"w": torch.ones(1)})
-    assert set(load_checkpoint(tmp_path / "bare.pt")) == {"model"}
-    save_checkpoint(tmp_path / "none.pt", [1])
-    with pytest.raises(ValueError, match="holds no weights"):
-        load_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "missing.pt")
 
 
 def test_score_is_the_mean_over_samples_whatever_the_batches():

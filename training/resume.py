@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from cfg import TRAINING, Config, fields_that_decide
+from networks.checkpoints import load_checkpoint
 from training.runs import launch_line, run_folders
-from utils import load_checkpoint, read_lines
+from utils import read_lines
 
 STATE = {  # what a checkpoint of a run holds, and its type
     "model": dict,

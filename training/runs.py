@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from cfg import network_config
 from model import build_model
+from networks.checkpoints import averaged_weights, load_checkpoint, save_checkpoint
 from networks.weights import load_weights
 from openfwi.modes import preprocess
-from utils import averaged_weights, load_checkpoint, save_checkpoint, write_atomic, write_json
+from utils import write_atomic, write_json
 
 
 def start_run(cfg, process):

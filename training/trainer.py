@@ -11,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import flip_batch
 from model import EXTRAS, build_model, extra_loss
+from networks.checkpoints import averaged_weights, load_checkpoint
 from networks.weights import load_weights
 from openfwi.modes import preprocess
 from training.augment import augment, draw, is_on
 from training.loss import parse_family_weights, sample_losses
 from training.optim import Schedule, build_optimizer
-from utils import AUTOCAST, averaged_weights, load_checkpoint, pick_precision
+from utils import AUTOCAST, pick_precision
 
 PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
 

@@ -1,0 +1,167 @@
+"""Checkpoint files: ours, and what others publish. Nothing in a file is ever run."""
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from utils import write_atomic
+
+# Where files keep their weights: timm, PyTorch's tutorials, Lightning, segmentation_models, ours.
+WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
+AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")
+multiarray = (getattr(np, "_core", None) or np.core).multiarray  # NumPy 2, NumPy 1
+NUMPY_NAMES = ("numpy._core.multiarray", "numpy.core.multiarray")
+PLAIN_DATA = [  # what such files hold beside tensors and is only data; (what is made, the name in the file)
+    *(argparse.Namespace, np.ndarray, np.dtype),
+    *((pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
+    *((pathlib.PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
+    *((getattr(multiarray, name), f"{module}.{name}")
+      for name in ("scalar", "_reconstruct") for module in NUMPY_NAMES),
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"},  # numbers alone: a forged object type crashes
+]  # fmt: skip
+SAVE_ANEW = "save its weights alone: torch.save(model.state_dict(), PATH)"
+
+
+def save_checkpoint(path, state, keep_as=None):
+    """Write `state` (tensors, numbers, strings, containers) whole or not at all; OSError names the file.
+
+    With `keep_as` the checkpoint that was there is kept under that name.
+    """
+    path = Path(path)
+    with write_atomic(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides the reason, such as a full disk, behind one of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        if keep_as and path.exists():
+            os.replace(path, keep_as)
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """Read a checkpoint onto the CPU: a dict with at least "model", {name: tensor}.
+
+    Ours comes as it was saved. Others' weights are found bare, or under one of the names in WEIGHTS, their
+    running average under one of AVERAGES, which then is "ema"; .safetensors files are read too. Raises
+    ValueError, one line that names the file, for all else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such checkpoint"
+        raise ValueError(f"{path}: {what}; give the path of a .pt file by {option}=PATH")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    check_head(path, head)
+    if path.suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state = read_pickled(path)
+    return with_weights(path, state)
+
+
+def load_described(path):
+    """A checkpoint with its network's options under "cfg", {name: value}, where they are told.
+
+    What brings none may have them in a `.json` of its name beside it. Raises ValueError as `load_checkpoint`.
+    """
+    checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
+    if "cfg" not in checkpoint and options.is_file():
+        try:
+            checkpoint["cfg"] = dict(json.loads(options.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{options}: not the network's options as JSON ({error}); correct it") from None
+    return checkpoint
+
+
+def check_head(path, head):
+    """Raise ValueError for files whose first bytes tell that they are no checkpoint."""
+    text = head.lstrip().lower()
+    if not head:
+        raise ValueError(f"{path}: an empty file; copy or download it again")
+    if text.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file it stands for; fetch that by git lfs pull")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path}: a web page, not a checkpoint; download the file itself")
+
+
+def read_safetensors(path):
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise unreadable(path, error) from None
+
+
+def read_pickled(path):
+    """What torch.save wrote, plain data and tensors only; raises ValueError, also for Python objects."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_DATA):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # zip, pickle and torch each raise their own
+        if found := re.search(r"(?:GLOBAL|global) `?([\w.]+) (?:was not an allowed|whose)", str(error)):
+            raise ValueError(
+                f"{path}: holds a Python object ({found[1]}), as whole modules do, which could run any code; "
+                f"{SAVE_ANEW}"
+            ) from None
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path}: a TorchScript archive, which holds code; {SAVE_ANEW}") from None
+        if isinstance(error, pickle.UnpicklingError) and "WeightsUnpickler" in str(error):
+            error = ValueError("damaged, or holds more than tensors and plain data")
+        raise unreadable(path, error) from None
+
+
+def unreadable(path, error):
+    reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())[:160]
+    return ValueError(f"{path}: not a readable checkpoint ({reason}); copy or train it again")
+
+
+def is_weights(value):
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in value.items())
+    )
+
+
+def with_weights(path, state):
+    """A file's content with its weights under "model" and their average under "ema"; ValueError for none."""
+    if is_weights(state):
+        return {"model": state}
+    held = state if isinstance(state, dict) else {}
+    found, averaged = ([n for n in names if is_weights(held.get(n))] for names in (WEIGHTS, AVERAGES))
+    if len(found) > 1 or len(averaged) > 1:
+        names = ", ".join(found if len(found) > 1 else averaged)
+        raise ValueError(f"{path}: several networks, under {names}; save the one to use in a file of its own")
+    if not found and not averaged:
+        raise ValueError(
+            f"{path}: holds no weights, but {described(state)}; expected a state dict, or one under "
+            f"{', '.join(WEIGHTS[:3])}"
+        )
+    checkpoint = {name: value for name, value in held.items() if value is not None or name not in AVERAGES}
+    checkpoint["model"] = held[(found or averaged)[0]]
+    if averaged:
+        checkpoint["ema"] = held[averaged[0]]
+    return checkpoint
+
+
+def described(state):
+    """What was found instead of weights, in a few words."""
+    if isinstance(state, dict) and state:
+        names = [str(name)[:40] for name in list(state)[:5]]
+        return f"a dictionary with {', '.join(names)}{', …' if len(state) > 5 else ''}"
+    return f"an empty {type(state).__name__}" if state in ({}, [], ()) else f"a {type(state).__name__}"
+
+
+def averaged_weights(checkpoint):
+    """The weights to predict with: the running average where the checkpoint holds one."""
+    return checkpoint.get("ema", checkpoint["model"])
