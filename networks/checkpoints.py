@@ -1,6 +1,7 @@
 """Checkpoint files: ours, and what others publish. Nothing in a file is ever run."""
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -72,15 +73,29 @@ def load_checkpoint(path, option="--ckpt"):
 def load_described(path):
     """A checkpoint with its network's options under "cfg", {name: value}, where they are told.
 
-    What brings none may have them in a `.json` of its name beside it. Raises ValueError as `load_checkpoint`.
+    What brings none may have them in a `.json` of its name beside it: the options alone, or under "network"
+    on a card as `publish.py` writes it, whose SHA-256 the file must have. Raises ValueError as
+    `load_checkpoint`, and for a file that is not the card's.
     """
     checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
     if "cfg" not in checkpoint and options.is_file():
         try:
-            checkpoint["cfg"] = dict(json.loads(options.read_text(encoding="utf-8")))
+            card = dict(json.loads(options.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{options}: not the network's options as JSON ({error}); correct it") from None
+        if (expected := card.get("sha256")) and (got := sha256(path)) != expected:
+            raise ValueError(
+                f"{path}: its SHA-256 is {got}, {options.name} beside it says {expected}; "
+                "bring back both files of one version, as by git checkout"
+            )
+        checkpoint["cfg"] = card.get("network", card)
     return checkpoint
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_head(path, head):

@@ -1,0 +1,96 @@
+"""Weights to share: `python -m training.publish --ckpt=RUN/best.pt --out=weights/NAME.safetensors`.
+
+They are stored in float16, half a checkpoint's bytes. The card beside them, NAME.json, holds the network's
+options, which `infer.py` and `train.py` read, the file's SHA-256, which they check, and where the weights
+come from. --accuracy takes what `python bench.py accuracy --json=FILE` wrote of the same weights.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+
+from cfg import NETWORK_FIELDS, Config, network_config
+from model import build_model
+from networks.checkpoints import averaged_weights, load_checkpoint
+from networks.weights import load_weights
+from options.command_line import parse_options
+from options.fields import Options, Section
+from utils import read_lines, run_program, write_atomic, write_json
+
+PUBLISH = Section("publish", "weights to share")
+
+
+@dataclass
+class PublishOptions(Options):
+    """The options of `python -m training.publish`."""
+
+    ckpt: str = PUBLISH("", "best.pt of a run")
+    out: str = PUBLISH("", "file to write, NAME.safetensors")
+    before: tuple = PUBLISH((), "folders of the runs that the last one started from, in their order")
+    accuracy: str = PUBLISH("", "file that `bench.py accuracy --json` wrote of these weights")
+
+
+def half(state):
+    """Weights in float16, whole numbers as they are; ValueError, naming the tensor, where they overflow."""
+    halved = {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
+    for name, tensor in halved.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: values up to {state[name].abs().max():g} do not fit into float16")
+    return halved
+
+
+def stage(folder):
+    """A run as the card tells it: command, commit, versions, device, samples seen and hours.
+
+    Raises ValueError for a folder that is no run's.
+    """
+    folder = Path(folder)
+    rows = dict(line.split(": ", 1) for line in read_lines(folder / "env.txt") if ": " in line)
+    records = [json.loads(line) for line in read_lines(folder / "log.jsonl")]
+    records = [record for record in records if "samples_per_s" in record]
+    if not rows or not records:
+        raise ValueError(f"{folder}: no run's folder, its env.txt or log.jsonl is missing or empty")
+    last = load_checkpoint(folder / "last.pt")
+    told = {name: rows[name] for name in ("command", "commit", "torch", "device") if name in rows}
+    steps = np.diff([0, *(record["step"] for record in records)])
+    seconds = steps * last["global_batch"] / [record["samples_per_s"] for record in records]
+    told["samples"] = last["progress"]["step"] * last["global_batch"]
+    return told | {"hours": round(float(seconds.sum()) / 3600, 2)}
+
+
+def publish(args):
+    """Write weights and card; returns the card. Raises ValueError for a checkpoint that is none of a run."""
+    path, out = Path(args.ckpt), Path(args.out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out={out}: expected a name that ends in .safetensors")
+    checkpoint = load_checkpoint(path)
+    cfg = network_config(Config(ckpt=str(path)), checkpoint)
+    weights = half(averaged_weights(checkpoint))
+    load_weights(build_model(cfg), weights, path)
+    content = safetensors.torch.save(weights)
+    card = {"sha256": hashlib.sha256(content).hexdigest(), "licence": "MIT"}
+    card |= {"network": {name: getattr(cfg, name) for name in NETWORK_FIELDS}}
+    card |= {"stages": [stage(folder) for folder in (*args.before, path.parent)]}
+    if args.accuracy:
+        card["accuracy"] = json.loads(Path(args.accuracy).read_text(encoding="utf-8"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomic(out) as file:
+        file.write(content)
+    write_json(out.with_suffix(".json"), card)
+    return card
+
+
+def main(argv):
+    """Publish a checkpoint as the options say."""
+    args = parse_options(argv, PublishOptions, __doc__)
+    card = publish(args)
+    samples = sum(run["samples"] for run in card["stages"])
+    print(f"{args.out}: {samples} samples, SHA-256 {card['sha256']}")
+
+
+if __name__ == "__main__":
+    run_program(main)
