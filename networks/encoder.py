@@ -26,6 +26,25 @@ class Float32Sequential(nn.Sequential):
             return super().forward(x.float())
 
 
+class ReflectionPad(nn.ReflectionPad2d):
+    """Reflection padding; torch has no deterministic gradient of its own on CUDA and raises RuntimeError."""
+
+    def forward(self, x):
+        if torch.are_deterministic_algorithms_enabled() and x.is_cuda:
+            return self.from_pieces(x)
+        return super().forward(x)
+
+    def from_pieces(self, x):
+        """The same from flipped pieces: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right)."""
+        left, right, top, bottom = self.padding
+        for dim, before, after in ((3, left, right), (2, top, bottom)):
+            n = x.shape[dim]
+            first = x.narrow(dim, 1, before).flip(dim)
+            last = x.narrow(dim, n - 1 - after, after).flip(dim)
+            x = torch.cat([first, x, last], dim)
+        return x
+
+
 def _convnext_stem(backbone, mode):
     """Two stem convolutions on any mode's input -> (B, C, 72, 72), the second tiled from the first."""
     pad_t, pad_r, stride1, stride2 = {
@@ -39,7 +58,7 @@ def _convnext_stem(backbone, mode):
     second = nn.Conv2d(width, width, 4, (stride2, 1), (0, 1))
     second.weight.data = first.weight.data.repeat(1, math.ceil(width / n_in), 1, 1)[:, :width].clone()
     second.bias.data = first.bias.data.clone()
-    backbone.stem_0 = Float32Sequential(nn.ReflectionPad2d((pad_r, pad_r, pad_t, pad_t)), first, second)
+    backbone.stem_0 = Float32Sequential(ReflectionPad((pad_r, pad_r, pad_t, pad_t)), first, second)
 
 
 def _metaformer_stem(backbone, mode):
@@ -51,7 +70,7 @@ def _metaformer_stem(backbone, mode):
     }[mode]
     conv = backbone.stem.conv
     conv.stride, conv.padding = (stride, 1), (0, pad_r)
-    backbone.stem = Float32Sequential(nn.ReflectionPad2d((0, 0, pad_t, pad_t)), backbone.stem)
+    backbone.stem = Float32Sequential(ReflectionPad((0, 0, pad_t, pad_t)), backbone.stem)
     backbone.stages_0.downsample = nn.AvgPool2d((pool, 1))
 
 

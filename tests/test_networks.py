@@ -16,6 +16,7 @@ from timm.models import convnext, metaformer
 
 import model
 from model import extra_loss, predict_tta
+from networks.encoder import ReflectionPad
 from networks.weights import load_weights
 from openfwi.modes import MODE_SHAPES
 from training.loss import sample_losses
@@ -212,3 +213,13 @@ def test_float16_is_finite_on_large_and_constant_gathers(narrow, mode, encoder_n
 @pytest.mark.parametrize("options", [{}, OURS], ids=["baseline", "seisnext"])
 def test_float16_of_whole_networks_is_finite_on_large_and_constant_gathers(options):
     check_float16(passes=(False,), **options)
+
+
+def test_reflection_joined_from_flipped_pieces_is_torchs():
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+    for padding in ((1, 1, 8, 8), (0, 0, 4, 4), (3, 2, 0, 1)):
+        pad = ReflectionPad(padding)
+        weights = torch.randn_like(pad(x))
+        assert torch.equal(pad.from_pieces(x), pad(x))
+        ours, torchs = (torch.autograd.grad((weights * y).sum(), x)[0] for y in (pad.from_pieces(x), pad(x)))
+        assert torch.allclose(ours, torchs, rtol=1e-12)

@@ -480,16 +480,24 @@ def test_fields_are_made_on_the_device_of_the_map_whatever_it_is():
     assert engine.Job.empty(job, 2, 3).device.type == "cpu"
 
 
-def test_a_launcher_that_triton_cannot_build_is_an_import_error(monkeypatch):
+def broken_target():
+    raise RuntimeError("fatal error: Python.h: No such file or directory\nmore")
+
+
+@pytest.mark.parametrize(
+    "target, reason",
+    [
+        (broken_target, "launcher cannot be built: fatal error: Python.h"),
+        (lambda: types.SimpleNamespace(backend="cuda", arch=60), "this card has 6.0"),  # P100
+    ],
+)
+def test_where_triton_cannot_be_used_plain_pytorch_simulates(monkeypatch, target, reason):
     pytest.importorskip("triton", reason="Triton is not installed")
     from waves import cuda
 
-    def broken():
-        raise RuntimeError("fatal error: Python.h: No such file or directory\nmore")
-
-    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=broken))
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=target))
     monkeypatch.setattr(cuda.triton.runtime, "driver", driver)
-    with pytest.raises(ImportError, match="launcher cannot be built: fatal error: Python.h"):
+    with pytest.raises(ImportError, match=reason):
         cuda.check_launcher()
     with pytest.warns(RuntimeWarning, match="simulating in plain PyTorch"):
         passes.warn_once.cache_clear()

@@ -137,10 +137,12 @@ def check_launcher():
     looks for them in places of its own.
     """
     try:
-        triton.runtime.driver.active.get_current_target()
+        target = triton.runtime.driver.active.get_current_target()
     except Exception as error:  # a compiler's, the driver's and Triton's own errors have no common class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ImportError(f"its launcher cannot be built: {reason}") from None
+    if target.backend == "cuda" and target.arch < 70:  # such as P100
+        raise ImportError(f"it compiles for compute capability 7.0 on, this card has {target.arch / 10}")
 
 
 def run(
