@@ -7,7 +7,7 @@ import torch
 
 from openfwi.files import check_values, find_pairs, same_maps
 from openfwi.npy import MAP_SHAPE
-from utils import FAMILIES, check_family, mirror_survey
+from utils import FAMILIES, check_family, mirror_survey, to_device
 
 
 class Items:
@@ -162,7 +162,7 @@ def flip_batch(seis, vel, chosen):
     flipped = torch.empty_like(seis, dtype=torch.float32)
     for sample, source, flip in zip(flipped, seis, chosen.tolist(), strict=True):
         sample.copy_(mirror_survey(source[None])[0] if flip else source)  # float16 until here: half the bytes
-    return flipped, torch.where(chosen.to(vel.device)[:, None, None, None], vel.flip(3), vel)
+    return flipped, torch.where(to_device(chosen, vel.device)[:, None, None, None], vel.flip(3), vel)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from openfwi.gathers import GatherDataset, check_values, find_gathers, find_trut
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_steps, try_steps
 from report.scores import error_table, mae_of
 from training.loader import Loader
-from utils import StopSignals, check_family, check_writable, processes, run_program, write_atomic
+from utils import StopSignals, check_family, check_writable, processes, run_program, to_device, write_atomic
 from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
 
@@ -118,16 +118,17 @@ class Run:
 
         expected: all gathers' digests; ValueError names the first gather that is another one by now.
         """
-        on_cuda = self.device.type == "cuda"
         n_workers = min(self.cfg.workers, os.cpu_count() or 1)
-        for seis, digests, numbers in Loader(GatherDataset(self.gathers), batches, n_workers, pin=on_cuda):
+        for seis, digests, numbers in Loader(
+            GatherDataset(self.gathers), batches, n_workers, self.device, ahead=False
+        ):
             numbers, digests = numbers.tolist(), digests.numpy()
             if expected is not None and (changed := (digests != expected[numbers]).any(1)).any():
                 raise ValueError(
                     f"{self.gathers[numbers[changed.argmax()]]}: replaced since its map was predicted; "
                     "give the same command again, which predicts it anew"
                 )
-            yield numbers, seis.to(self.device, non_blocking=on_cuda), digests
+            yield numbers, to_device(seis, self.device), digests
             self.stop.check()
 
     def bar(self, name, batches, disable=False):

@@ -28,7 +28,7 @@ from training.online import Online
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
 from training.runs import check_reload, save_best, save_last, start_run
 from training.trainer import Trainer
-from utils import FAMILIES, processes, run_program, say_on_stderr, seed_all, sole_use
+from utils import FAMILIES, processes, run_program, say_on_stderr, seed_all, sole_use, to_device
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
 
@@ -223,7 +223,7 @@ def validate(network, loader, process, reference, autocast, mode="full"):
     score, mean_score, rows = Score(), Score(), {}
     for seis, vel, family, _ in loader:
         with autocast():
-            prediction = network(preprocess(seis.to(process.device).float(), mode)).cpu()
+            prediction = network(preprocess(to_device(seis, process.device).float(), mode)).cpu()
         score.add(prediction, vel, family)
         mean_score.add(reference.expand_as(vel), vel, family)
         for i, index in enumerate(family.tolist()):

@@ -107,6 +107,7 @@ def is_program():
     return _is_program
 
 
+OLD_CARDS = "https://download.pytorch.org/whl/cu126"  # torch for P100 (6.0) and V100 (7.0), too
 SIGPIPE = 13  # Windows has none
 
 
@@ -261,7 +262,9 @@ def keep_memory():
 
 
 def pick_device(name, local_rank=0):
-    """auto, cpu, cuda or mps -> torch.device; raises ValueError where it is not there."""
+    """auto, cpu, cuda or mps -> torch.device; raises ValueError where it is not there, or cannot be used."""
+    if name in ("auto", "cuda"):
+        check_driver()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -271,11 +274,72 @@ def pick_device(name, local_rank=0):
                 f"process {local_rank + 1} of this machine has no card: {n_cards} CUDA devices found; "
                 f"start at most {n_cards} processes, or use --device=cpu"
             )
+        check_card(local_rank)
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device=mps: no MPS device here; use --device=auto")
     return torch.device(name)
+
+
+def check_driver():
+    """Raise ValueError where there is a card that its driver keeps torch from using, such as one too old."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:
+            raise ValueError(
+                f"the CUDA card cannot be used: {reason.partition('. ')[0]}; update its driver, install a "
+                f"torch for an older CUDA than {torch.version.cuda}, or use --device=cpu"
+            ) from None
+
+
+def check_card(index):
+    """Raise ValueError unless this torch holds code that card `index` can run."""
+    card = torch.cuda.get_device_capability(index)
+    names = [arch.rstrip("af").split("_") for arch in torch.cuda.get_arch_list()]  # as sm_90a, compute_120
+    built = [(kind, (int(number[:-1]), int(number[-1]))) for kind, number in names]
+    # machine code serves later minor versions, PTX ("compute") all later cards
+    if not built or any(c <= card and (kind == "compute" or c[0] == card[0]) for kind, c in built):
+        return
+    remedy = "a newer torch"
+    if card < min(capability for _, capability in built):
+        remedy = f"a torch for older cards: pip install torch torchvision --index-url {OLD_CARDS}"
+    raise ValueError(
+        f"{torch.cuda.get_device_name(index)} has compute capability {card[0]}.{card[1]}, and torch "
+        f"{torch.__version__} is built for {', '.join(f'{a}.{b}' for _, (a, b) in built)}; "
+        f"install {remedy}, or use --device=cpu"
+    )
+
+
+def to_device(tensor, device):
+    """A CPU tensor on a device, without waiting for what is queued on a CUDA card."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # from memory that is not pinned, the copy would wait; on MPS, one that does not wait may be corrupt
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class HostCopy:
+    """A tensor's values for the CPU: copied from a card when the work queued so far is done.
+
+    `get` waits for that, not for what is queued after the copy.
+    """
+
+    def __init__(self, tensor):
+        self.values, self.event = tensor, None
+        if tensor.device.type == "cuda":
+            self.values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.values.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def get(self):
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values
 
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the others compute as they are

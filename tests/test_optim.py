@@ -61,3 +61,25 @@ def test_without_muon_one_line_says_so(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match="has no Muon"):
         build_optimizer(torch.nn.Linear(2, 2), Config(optimizer="muon"))
+
+
+@MUON
+@pytest.mark.parametrize("step", [0, 1])
+def test_muon_takes_a_step_back_that_is_not_finite_without_asking_the_device(step, monkeypatch):
+    """The scaler hands the answer over as a tensor; its own way, `item`, would wait for a card."""
+    trainer = Trainer(Config(optimizer="muon", warmup_steps=0, **NETWORK), CPU, 4)
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *args: pytest.fail("asked"))
+    for _ in range(step):
+        train_step(trainer, [random_batch()])
+    before = [p.clone() for p in trainer.network.parameters()]
+    state = copy.deepcopy(trainer.optimizer.state_dict())
+    seis, vel, family = random_batch()
+    train_step(trainer, [(seis * math.inf, vel, family)])
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
+    for name, part in trainer.optimizer.state_dict().items():
+        for k, values in part["state"].items():
+            for key, value in values.items():
+                assert torch.equal(value, state[name]["state"].get(k, {}).get(key, torch.zeros_like(value)))
+    train_step(trainer, [random_batch()])
+    assert all(p.isfinite().all() for p in trainer.network.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))

@@ -40,3 +40,10 @@ def test_compiled_and_plain_runs_have_the_same_keys(monkeypatch):
     plain, compiled = (Trainer(Config(compile=mode, **NETWORK), CPU, 4) for mode in ("off", "default"))
     train_step(compiled, [random_batch()])
     assert list(plain.state()["model"]) == list(compiled.state()["model"])
+
+
+def test_float16_starts_near_the_scale_that_it_ends_at():
+    trainer = Trainer(Config(precision="float16", **NETWORK), CPU, 4)
+    norms = [train_step(trainer, [random_batch()])[2] for _ in range(3)]
+    assert sum(not norm.isfinite() for norm in norms) <= 1
+    assert Trainer(Config(precision="bfloat16", **NETWORK), CPU, 4).scaler.get_scale() == 1

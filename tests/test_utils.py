@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import io
 import math
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import utils
 from networks.checkpoints import load_checkpoint, save_checkpoint
 from report.scores import Score, score_table
 from utils import StopSignals, check_family, pick_device, pick_precision, run_program, sole_use, write_atomic
@@ -303,3 +305,52 @@ def test_a_lock_whose_holder_removed_its_folder_keeps_others_off(tmp_path):
             folder.rmdir()
         waiting.result()
     assert entered == [True]
+
+
+@pytest.mark.parametrize(
+    "reason, is_said",
+    [
+        ("Found no NVIDIA driver on your system. Please check", False),
+        ("No CUDA GPUs are available", False),
+        ("The NVIDIA driver on your system is too old (found version 11040). Please update it", True),
+        ("Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before", True),
+    ],
+)
+def test_a_card_that_its_driver_keeps_from_use_is_said_and_none_is_not(monkeypatch, reason, is_said):
+    def fails():
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("cpu").type == "cpu"
+    if not is_said:
+        return None if pick_device("auto").type == "cpu" else pytest.fail("no card, but another device")
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=r"cannot be used: .*update its driver.*--device=cpu"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize(
+    "card, arches, remedy",
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "sm_120"], "whl/cu126"),  # V100 with the wheels for CUDA 13
+        ((6, 0), ["sm_75", "sm_80"], "whl/cu126"),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"], None),
+        ((7, 5), ["sm_75", "sm_80"], None),
+        ((8, 6), ["sm_75", "sm_80", "sm_90"], None),
+        ((9, 0), ["sm_90a"], None),
+        ((12, 0), ["sm_90"], "a newer torch"),
+        ((12, 1), ["sm_90", "compute_120"], None),
+        ((7, 0), [], None),
+    ],
+)
+def test_a_card_that_torch_holds_no_code_for_is_said_with_what_to_install(monkeypatch, card, arches, remedy):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arches)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")
+    with (
+        contextlib.nullcontext() if remedy is None else pytest.raises(ValueError, match=f"install .*{remedy}")
+    ):
+        utils.check_card(0)

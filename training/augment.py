@@ -6,7 +6,7 @@ not finite, or zero throughout, is taken back.
 
 import torch
 
-from utils import V_MAX, V_MIN
+from utils import V_MAX, V_MIN, to_device
 from waves.acquisition import ricker
 
 N_FFT = 2048  # for 1000 samples: filters must not wrap round
@@ -27,7 +27,7 @@ def _stretch(seis, vel, u, extra, seeds, cfg):
     low = (V_MIN / slowest).clamp(cfg.stretch[0], 1)
     high = (V_MAX / fastest).clamp(1, cfg.stretch[1])
     c = low * (high / low) ** u
-    wavelet = ricker(seis.shape[2]).to(seis.device)
+    wavelet = to_device(ricker(seis.shape[2]), seis.device)
     was = torch.fft.rfft(resample(wavelet.expand(len(c), 1, -1)[..., None], c)[:, 0, :, 0], N_FFT)  # (B, F)
     level = WATER_LEVEL * was.abs().amax(1, keepdim=True)
     restore = torch.fft.rfft(wavelet, N_FFT) * was.conj() / (was.abs() ** 2 + level**2)
@@ -52,7 +52,7 @@ def _noise(seis, vel, u, extra, seeds, cfg):
         generator = torch.Generator(seis.device).manual_seed(seed)
         noise[i].normal_(generator=generator)
         spread[i].normal_(generator=generator)
-    band = torch.fft.rfft(ricker(seis.shape[2]).to(seis.device), N_FFT).abs()
+    band = torch.fft.rfft(to_device(ricker(seis.shape[2]), seis.device), N_FFT).abs()
     coloured = (extra[:, :1] < cfg.noise_coloured).to(band)
     noise = filter_time(noise, coloured * band / band.amax() + 1 - coloured)
     noise = noise * torch.exp(cfg.noise_spread * spread)
@@ -139,8 +139,8 @@ def augment(seis, vel, cfg, draws, seeds):
             :, 0
         ]  # on the CPU: the device is not asked
         if len(rows):
-            u, more = strength[rows, k].to(seis.device), extra[rows].to(seis.device)
-            there = rows.to(seis.device)
+            u, more = to_device(strength[rows, k], seis.device), to_device(extra[rows], seis.device)
+            there = to_device(rows, seis.device)
             seis[there], vel[there] = change(seis[there], vel[there], u, more, seeds[rows], cfg)
     peak = seis.abs().amax((1, 2, 3))
     good = (peak.isfinite() & (peak > 0))[:, None, None, None]  # of NaN, the largest is NaN

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from utils import SIGPIPE, StopSignals, append_json, drop_output, say_on_stderr
+from utils import SIGPIPE, HostCopy, StopSignals, append_json, drop_output, say_on_stderr
 
 
 class BadSteps:
@@ -26,7 +26,8 @@ class BadSteps:
 
     def add(self, norm, losses, batches, indices):
         self.check()
-        self.waiting = (self.trainer.step, norm, self.trainer.scaler.get_scale, losses, batches, indices)
+        scale = self.trainer.scaler.get_scale
+        self.waiting = (self.trainer.step, HostCopy(norm), scale, losses, batches, indices)
 
     def name(self, step, k, n_batch, index):
         """This rank's sample k of a step: file and row of the item, or what was simulated in its place."""
@@ -42,7 +43,7 @@ class BadSteps:
             return
         step, norm, scale, losses, batches, indices = self.waiting
         self.waiting = None
-        if math.isfinite(norm.item()):
+        if math.isfinite(norm.get().item()):
             self.in_row = 0
             return
         self.total += 1

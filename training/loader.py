@@ -19,7 +19,7 @@ from openfwi.npy import MAP_SHAPE
 from synthetic.dataset import write_dataset
 from training.augment import is_on
 from training.sampler import TrainBatches
-from utils import FAMILIES
+from utils import FAMILIES, to_device
 
 MAX_REPLACEMENTS = 100  # tries to find a readable sample in place of a bad one
 
@@ -123,22 +123,23 @@ class Loader:
     """Batches (seis, vel, family, item index), read ahead by `workers` threads; 0 reads when asked.
 
     Reading holds no lock of Python's, so threads do what processes would, without
-    copies between processes: each worker holds one batch. With a CUDA `device`
-    batches are copied there from pinned memory by a stream of their own, beside
-    the training step; only the item index stays behind.
+    copies between processes: each worker holds one batch. For a CUDA `device`
+    batches come in pinned memory, with `ahead` already copied there by a stream of
+    their own, beside the training step; only the item index stays behind.
     """
 
-    def __init__(self, dataset, batch_sampler, workers, device=None, pin=False):
-        pin = pin or device is not None
+    def __init__(self, dataset, batch_sampler, workers, device=None, ahead=True):
+        if device is not None and device.type != "cuda":
+            device = None
         if workers:
             # a thread that has read wants Python's lock back at once, not after the usual 5 ms
             sys.setswitchinterval(min(sys.getswitchinterval(), 3e-4))
         self.dataset, self.batch_sampler, self.workers, self.device = dataset, batch_sampler, workers, device
         # torch, too, uses pinned memory again, when the copies from it have ended
         self.memory = (
-            functools.partial(torch.empty, pin_memory=True) if pin else Recycled(max(workers, 1) + 1)
+            functools.partial(torch.empty, pin_memory=True) if device else Recycled(max(workers, 1) + 1)
         )
-        self.stream = torch.cuda.Stream(device) if device is not None else None
+        self.stream = torch.cuda.Stream(device) if device and ahead else None
 
     def __len__(self):
         return len(self.batch_sampler)
@@ -150,7 +151,9 @@ class Loader:
                 batch = None  # or it would live while the next one is waited for
 
     def read_ahead(self):
-        pool, ahead = ThreadPoolExecutor(self.workers, "loader"), deque()
+        # a new thread's card is card 0, on which pinning memory would open a context
+        on_card = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if self.device else {}
+        pool, ahead = ThreadPoolExecutor(self.workers, "loader", **on_card), deque()
         try:
             for indices in self.batch_sampler:
                 done = ahead.popleft().result() if len(ahead) == self.workers else None
@@ -169,7 +172,7 @@ class Loader:
         if self.stream is None:
             return batch, None
         with torch.cuda.stream(self.stream):
-            moved = [t.to(self.device, non_blocking=True) for t in batch[:3]]
+            moved = [to_device(t, self.device) for t in batch[:3]]
             return (*moved, batch[3]), self.stream.record_event()
 
     def hand_over(self, batch, event):
@@ -216,13 +219,12 @@ def make_loaders(cfg, process, train_items, val_items):
             f"{len(train_items)} training and {len(val_items)} validation samples, expected at least "
             f"{n_global} (batch_size × accumulate × processes) and 1; lower --batch_size or add files"
         )
-    device = process.device if process.device.type == "cuda" else None
     train = PairDataset(train_items, "replace" if cfg.skip_bad_files else "raise")
     batches = TrainBatches(len(train), cfg, process, train.items.families)
     mine = PairDataset(val_items[process.rank :: process.world], "omit" if cfg.skip_bad_files else "raise")
     starts = range(0, len(mine), cfg.batch_size)
     in_turn = [range(first, min(first + cfg.batch_size, len(mine))) for first in starts]
     return (
-        Loader(train, batches, cfg.workers, device),
-        Loader(mine, in_turn, cfg.workers, pin=device is not None),
+        Loader(train, batches, cfg.workers, process.device),
+        Loader(mine, in_turn, cfg.workers, process.device, ahead=False),
     )

@@ -28,7 +28,7 @@ import torch
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_shape, read_header
 from synthetic.maps import make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_writable, write_atomic
+from utils import FAMILIES, check_writable, to_device, write_atomic
 from waves.equation import simulate
 
 SIX_SOURCES = (0, 17, 34, 35, 52, 69)  # the survey's five, and the centre one's mirror image
@@ -159,11 +159,13 @@ class Simulated:
         self.thread.start()
 
     def _run(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread's is card 0
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
             for lane, k in self.chunks:
                 with torch.cuda.stream(stream):
-                    pairs = exact_pairs(torch.from_numpy(self.plan.velocity(k)).to(self.device))
+                    pairs = exact_pairs(to_device(torch.from_numpy(self.plan.velocity(k)), self.device))
                     event = stream.record_event() if stream else None
                 self.queue.put((lane, k, pairs, event))
                 if self.closed:
@@ -304,11 +306,14 @@ class Online:
 
     def mix(self, step, first_place, seis, vel, family):
         """Replace this step's share of a batch, in place; its first sample is at `first_place` globally."""
-        for i in range(len(seis)):
-            if found := self.sample_at(step, first_place + i):
-                new_seis, new_vel = self.made.sample(*found)
-                seis[i], vel[i] = new_seis, new_vel
-                family[i] = FAMILIES.index(self.made.plan.family(found[1])[0])
+        found = {i: self.sample_at(step, first_place + i) for i in range(len(seis))}
+        found = {i: where for i, where in found.items() if where}
+        for i, where in found.items():
+            seis[i], vel[i] = self.made.sample(*where)
+        if found:
+            numbers = [FAMILIES.index(self.made.plan.family(chunk)[0]) for _, chunk, _ in found.values()]
+            rows, numbers = (to_device(torch.tensor(n), family.device) for n in (list(found), numbers))
+            family.index_copy_(0, rows, numbers)
 
     def sample_at(self, step, place):
         """(lane, chunk, index in it) of the sample simulated for a place of this rank; None where none is."""

@@ -24,24 +24,40 @@ class MuonAdamW(torch.optim.Optimizer):
         assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, hidden, strict=True)), "copies"
         # scaled to AdamW's usual step, so that both share one rate (Liu et al., 2025, arXiv 2502.16982)
         muon = torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)}
+        adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        self.parts = {"muon": muon, "adamw": adamw}
+
+    _step_supports_amp_scaling = True  # the scaler leaves it to `step` to skip what is not finite
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step; taken back where the scaler's `found_inf` says so, without waiting for the device."""
+        muon, adamw = self.parts.values()
+        found_inf = adamw.found_inf = getattr(self, "found_inf", None)
         for view, p in zip(self.views, self.param_groups[0]["params"], strict=True):
             view.grad = None if p.grad is None else _matrix(p.grad, p)
+            if view.grad is not None and not muon.state[view]:
+                muon.state[view]["momentum_buffer"] = torch.zeros_like(view.grad)
         inner = [group for part in self.parts.values() for group in part.param_groups]
         for group, mine in zip(inner, self.param_groups, strict=True):
             group["lr"] = mine["lr"]
+        changed = [*self.views, *(state["momentum_buffer"] for state in muon.state.values())]
+        before = [tensor.clone() for tensor in changed]
         for part in self.parts.values():
             part.step()
+        if found_inf is not None:
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(found_inf > 0, old, tensor))
 
     def state_dict(self):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        muon, adamw = self.parts.values()
+        muon.load_state_dict(state["muon"])
+        # older versions' AdamW was not fused
+        groups = [group | {"fused": True} for group in state["adamw"]["param_groups"]]
+        adamw.load_state_dict({**state["adamw"], "param_groups": groups})
 
 
 def build_optimizer(network, cfg):

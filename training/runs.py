@@ -100,9 +100,10 @@ def launch_line():
 def save_last(trainer, folder):
     """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
     trainer.saved_s = time.monotonic()
-    if not trainer.process.is_main or not all(
-        v.isfinite().all() for v in trainer.network.state_dict().values()
-    ):
+    if not trainer.process.is_main:
+        return
+    weights = trainer.network.state_dict().values()
+    if not torch.stack([v.isfinite().all() for v in weights]).all():
         return  # spoilt weights must not replace good ones; BadSteps stops such a run
     save(folder / "last.pt", trainer.state(), keep_as=folder / "previous.pt")
 

@@ -17,7 +17,7 @@ from openfwi.modes import preprocess
 from training.augment import augment, draw, is_on
 from training.loss import parse_family_weights, sample_losses
 from training.optim import Schedule, build_optimizer
-from utils import AUTOCAST, pick_precision
+from utils import AUTOCAST, pick_precision, to_device
 
 PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
 
@@ -44,14 +44,16 @@ class Trainer:
         self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.network, cfg)
         self.schedule = Schedule(self.optimizer, cfg, self.n_steps)
-        # float16 needs the scale; every precision needs the skipping of non-finite steps, at scale 1
-        scale = {} if self.dtype is torch.float16 else {"init_scale": 1.0}
-        self.scaler = torch.amp.GradScaler(process.device.type, **scale)
+        # every precision needs the skipping of non-finite steps, float16 alone the scale: it starts near the
+        # one that it settles at, since torch's own start, 65536, would cost the first seven steps
+        scale = 512.0 if self.dtype is torch.float16 else 1.0
+        self.scaler = torch.amp.GradScaler(process.device.type, init_scale=scale)
         self.forward, self.no_sync = self.network, contextlib.nullcontext
         self.online = None  # online.Online, while training with simulated samples
         if process.world > 1:
             ids = [process.device] if process.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.network, device_ids=ids)
+            # buffers: share_statistics keeps them equal
+            self.forward = DistributedDataParallel(self.network, device_ids=ids, broadcast_buffers=False)
             self.no_sync = self.forward.no_sync
         if cfg.compile != "off":
             self.forward = torch.compile(self.forward, mode=cfg.compile)
@@ -85,7 +87,7 @@ class Trainer:
     def prepare(self, micro, seis, vel, family):
         """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
         cfg, process = self.cfg, self.process
-        seis, vel, family = (t.to(process.device, non_blocking=True) for t in (seis, vel, family))
+        seis, vel, family = (to_device(t, process.device) for t in (seis, vel, family))
         shape, mine = (cfg.accumulate, process.world, len(seis)), (micro, process.rank)
         generator = torch.Generator().manual_seed(self.step_seed())
         seis, vel = flip_batch(seis, vel, torch.rand(shape, generator=generator)[mine] < cfg.flip_p)
