@@ -1,4 +1,4 @@
-"""Curved layers to the last cell: the splines' controls annealed on linearised residuals."""
+"""Curved layers settled to the cell: simulated annealing of the splines' controls on linearised residuals."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from inversion.gauss_newton import changes
 from inversion.parameters import cells_of, paint
 from synthetic.layers import N_CELLS
 
-N_PROPOSALS = 200_000  # of a round
-HOT, COLD = 0.3, 1e-5  # temperatures, times the squared norm at the start of a round
-HOPELESS = 0.1  # norm of residuals, beside the noise, from which annealing has not come to the truth
-FARTHEST = 3  # cells that a depth may move in a round: the residuals are linear only nearby
+N_PROPOSALS = 200_000  # in each round
+HOT, COLD = 0.3, 1e-5  # first and last temperature, times the squared norm at the start of a round
+HOPELESS_NORM = 0.1  # from a residual norm above this, besides the noise, annealing never found the truth
+MAX_MOVE = 3  # cells by which a depth may move in a round: the residuals are linear only nearby
 
 
 class _Quadratic:
-    """‖r + Σ s_i rows_i‖² over moves s of depths, for each s at its best velocities."""
+    """‖r + Σ s_i rows_i‖² as a function of moves s of the depths, with the velocities that suit s best."""
 
     def __init__(self, rows, residual, n_moves):
         gram = (rows @ rows.T).cpu().double().numpy()
@@ -34,7 +34,7 @@ class _Quadratic:
 
 
 def _directions(basis):
-    """Changes of controls (n, m) that move depths by up to a cell: near one column, or all, or tilted."""
+    """Changes of controls (n, m) that move depths by up to a cell: near a column, all alike, or tilted."""
     x = np.arange(N_CELLS)
     bumps = [np.exp(-0.5 * ((x - centre) / 5) ** 2) for centre in range(0, N_CELLS, 5)]
     shapes = np.stack([*bumps, *bumps, *[np.ones(N_CELLS)] * 3, x / 34.5 - 1], 1)
@@ -43,7 +43,10 @@ def _directions(basis):
 
 
 def _anneal(observed, quadratic, layers, controls, depths, rng):
-    """Controls (K, m) of least value, and their moves from depths (K, 70): annealing (Kirkpatrick, 1983)."""
+    """Simulated annealing: the best controls (K, m), and how they move the depths (K, 70), flattened.
+
+    Source: Kirkpatrick, Gelatt & Vecchi (1983).
+    """
     directions = _directions(layers.basis)
     sizes = np.exp(rng.normal(-2.2, 1.0, N_PROPOSALS)) * rng.choice([-1, 1], N_PROPOSALS)
     first = rng.integers(0, layers.n, N_PROPOSALS)
@@ -57,7 +60,7 @@ def _anneal(observed, quadratic, layers, controls, depths, rng):
     temperatures *= max(quadratic.least, 1e-30)
     best = value, controls, moved.copy()
     for i in range(N_PROPOSALS):
-        if observed.late:
+        if observed.out_of_time:
             break
         k = first[i]
         trial = controls.copy()
@@ -65,7 +68,7 @@ def _anneal(observed, quadratic, layers, controls, depths, rng):
         if np.abs(np.diff(trial, axis=0) - layers.spacing).max(initial=0) > 1:
             continue
         trial_cells = cells_of(trial @ layers.basis.T)
-        if np.abs(trial_cells - depths).max() > FARTHEST:
+        if np.abs(trial_cells - depths).max() > MAX_MOVE:
             continue
         change = (trial_cells - cells).ravel()
         number = change.nonzero()[0]
@@ -81,12 +84,13 @@ def _anneal(observed, quadratic, layers, controls, depths, rng):
 
 
 def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
-    """Curved layers near the truth, to the cell: (velocities (K+1,), first cells (K, 70), norm of residuals).
+    """Settle curved layers to the cell: (velocities (K+1,) m/s, first cells (K, 70), residual norm).
 
-    A round takes the `changes` of every column of every interface moved by one cell and of every velocity. On
-    the quadratic form that these span, the controls of all splines are annealed, their depths rounded as the
-    generator rounds them: 8 controls decide on 70 cells, so that well-lit columns settle the others. What is
-    far from explaining the gather is left as it is: another start needs the time.
+    Each round linearises the residuals in every velocity and in every column of every interface. On the
+    quadratic form that results, the controls of all splines are annealed, with depths rounded as the
+    generator rounds them. Eight controls decide about 70 cells, so the well-illuminated columns settle the
+    others. A map that is far from explaining the gather is returned unchanged, to leave the time to another
+    start.
     """
     rng = np.random.default_rng(seed)
     velocities, controls = np.rint(theta[: layers.n + 1]), layers.controls(theta)
@@ -94,9 +98,9 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
     columns = [[x] for x in range(N_CELLS)]
     quadratic, n_idle = None, 0
-    for _ in range(n_rounds if norm < observed.enough(1000, HOPELESS) else 0):
-        observed.stay(norm)
-        if norm < 1e-6 or n_idle == 3 or observed.late:
+    for _ in range(n_rounds if norm < observed.noise_threshold(1000, HOPELESS_NORM) else 0):
+        observed.extend_turn(norm)
+        if norm < 1e-6 or n_idle == 3 or observed.out_of_time:
             break
         if quadratic is None:
             rows, residual, step = changes(observed, velocities, depths, columns)
@@ -107,7 +111,7 @@ def anneal_curves(observed, layers, theta, n_rounds=20, seed=0):
         tried = [np.rint(layers.bounded(velocities + share * step * shares)) for share in (1.0, 0.5, 0.0)]
         norms = observed.residuals([paint(v, cells) for v in tried], 1000).norm(dim=1)
         best = int(norms.argmin())
-        if float(norms[best]) < observed.least_share * norm:
+        if observed.improves(float(norms[best]), norm):
             velocities, depths, controls, norm = tried[best], cells, found, float(norms[best])
             quadratic, n_idle = None, 0
         else:

@@ -1,4 +1,4 @@
-"""Waveform inversion cell by cell: misfit + prior, by L-BFGS on the exact adjoint, many samples at once."""
+"""Waveform inversion cell by cell: misfit plus prior, minimised by L-BFGS for many samples at once."""
 
 import math
 import time
@@ -9,24 +9,26 @@ import torch
 import waves
 from utils import V_MAX, V_MIN
 
-WINDOWS = {300: 0.1, 500: 0.2, 750: 0.4, 1000: 1.0}  # samples: share of the time by which they end
+WINDOWS = {300: 0.1, 500: 0.2, 750: 0.4, 1000: 1.0}  # time samples: share of the minutes when they end
 HISTORY = 8  # pairs that L-BFGS keeps
-ROW = waves.OPENFWI.source_row
-MARGIN = 1e-3  # share of the velocity range that the bounded unknown keeps from its ends
+SOURCE_ROW = waves.OPENFWI.source_row
+MARGIN = 1e-3  # share of the velocity range kept free at both ends, where the sigmoid is flat
 
 
 def total_variation(vel, p=1.0, scale_m_s=20.0):
-    """Mean (|difference of neighbours|² + s²)^(p/2) / s^p: (B, 1, Z, X) m/s -> (B,); p < 1 for sharper edges.
+    """Mean of ((difference / s)² + 1)^(p/2) - 1 over neighbours, s = scale_m_s: (B, 1, Z, X) m/s -> (B,).
 
-    Source: Rudin, Osher & Fatemi (1992); p < 1 as Chartrand (2007).
+    The means over vertical and horizontal neighbours are added. p < 1 favours sharp edges. Source: Rudin,
+    Osher & Fatemi (1992); p < 1 as in Chartrand (2007).
     """
     terms = [((vel.diff(dim=d) / scale_m_s).square() + 1).pow(p / 2).mean((1, 2, 3)) for d in (2, 3)]
     return terms[0] + terms[1] - 2
 
 
 class Cells:
-    """The unknowns of layered maps: each cell for itself, bounded, scaled 1 + z/5 so that the deep moves too.
+    """The unknowns of layered maps: one for each cell, bounded by OpenFWI's range of velocities.
 
+    They are scaled by 1 + z/5 so that deep cells, whose gradient is small, move too. start: (B, 1, Z, X) m/s;
     prior: f(maps (B, 1, Z, X) m/s) -> (B,), by default a total variation that favours few sharp edges.
     """
 
@@ -37,19 +39,22 @@ class Cells:
         self.start = share.logit() / self.depth
 
     def maps(self, unknown):
+        """Unknowns, shaped as the maps -> maps (B, 1, Z, X) m/s."""
         return V_MIN + (V_MAX - V_MIN) * torch.sigmoid(unknown * self.depth)
 
     def penalty(self, unknown):
+        """Unknowns -> weighted prior (B,)."""
         return self.weight * self.prior(self.maps(unknown))
 
 
 class Modes:
-    """The unknowns of smooth maps: modes of a Gaussian process (squared exponential) around a depth trend.
+    """The unknowns of smooth maps: modes of a Gaussian process around a linear trend with depth.
 
-    Each mode is divided by its own deviation, so that the prior is their mean square and the smooth, which
-    waves see first, moves first. deviation and nugget (white noise) in m/s, length in cells; as measured on
-    Style_B, Style_A: 183, 3.5, 20. surface: the velocities at the sources (B, S) m/s, which all maps then
-    have (conditioning by kriging: Matheron, 1973), or None.
+    The covariance is a squared exponential plus white noise. Each mode is divided by its standard deviation,
+    so that the prior is the mean square of the unknowns, and smooth modes, which waves see first, move first.
+    start: (B, 1, Z, X) m/s; deviation and nugget (of the white noise) in m/s, length in cells, by default as
+    measured on Style_B; Style_A has 183, 20 and 3.5. surface: the velocities at the sources (B, S) m/s, which
+    all maps then have there, or None. Source: kriging (Matheron, 1973).
     """
 
     def __init__(self, start, surface=None, deviation=158.0, length=1.96, nugget=58.0, weight=1e-5):
@@ -59,36 +64,38 @@ class Modes:
         values, vectors = torch.linalg.eigh(covariance)
         power = deviation**2 * values.clamp(min=0)[:, None] * values.clamp(min=0) + nugget**2
         self.vectors, self.deviations, self.weight = vectors.to(**like), power.sqrt().to(**like), weight
-        rows = start.mean(3, keepdim=True)  # the trend: a line through the mean of each row
+        rows = start.mean(3, keepdim=True)  # the trend is the line that fits the means of the rows best
         z = torch.linspace(-1, 1, n, **like)[:, None]
         self.mean = rows.mean(2, keepdim=True) + z * (rows * z).sum(2, keepdim=True) / z.square().sum()
         self.start = self.vectors.T @ (start - self.mean) @ self.vectors / self.deviations
         self.surface = surface if surface is None else torch.as_tensor(surface).to(**like)
         cells = torch.tensor(waves.SOURCES)
-        at_cells = deviation**2 * covariance[ROW][:, None, None] * covariance[:, cells]  # (Z, X, S)
-        at_cells[ROW, cells, torch.arange(len(cells))] += nugget**2
-        self.gain = (at_cells @ at_cells[ROW, cells].inverse()).to(**like)
+        at_cells = deviation**2 * covariance[SOURCE_ROW][:, None, None] * covariance[:, cells]  # (Z, X, S)
+        at_cells[SOURCE_ROW, cells, torch.arange(len(cells))] += nugget**2
+        self.gain = (at_cells @ at_cells[SOURCE_ROW, cells].inverse()).to(**like)
 
     def maps(self, unknown):
-        return self.free(unknown).clamp(V_MIN, V_MAX)
+        """Unknowns, shaped as the maps -> maps (B, 1, Z, X) m/s within OpenFWI's range."""
+        return self.unclamped(unknown).clamp(V_MIN, V_MAX)
 
-    def free(self, unknown):
-        """As `maps`, not yet within OpenFWI's range."""
+    def unclamped(self, unknown):
+        """As `maps`, but velocities may leave OpenFWI's range."""
         vel = self.mean + self.vectors @ (self.deviations * unknown) @ self.vectors.T
         if self.surface is None:
             return vel
-        lack = self.surface - vel[:, 0, ROW, list(waves.SOURCES)]
-        return vel + torch.einsum("zxs,bs->bzx", self.gain, lack)[:, None]
+        missing = self.surface - vel[:, 0, SOURCE_ROW, list(waves.SOURCES)]
+        return vel + torch.einsum("zxs,bs->bzx", self.gain, missing)[:, None]
 
     def penalty(self, unknown):
-        vel = self.free(unknown)
+        """Unknowns -> weighted prior (B,), with a term for velocities outside OpenFWI's range."""
+        vel = self.unclamped(unknown)
         outside = ((vel - vel.clamp(V_MIN, V_MAX)) / 100).square().mean((1, 2, 3))
         return self.weight * unknown.square().mean((1, 2, 3)) + 1e-3 * outside
 
 
 @dataclass
 class _Memory:
-    """Steps and changes of gradient of each sample: lists of (B, P), oldest first."""
+    """L-BFGS's memory: the last steps and changes of the gradient, lists of (B, P), oldest first."""
 
     steps: list = field(default_factory=list)
     changes: list = field(default_factory=list)
@@ -115,77 +122,105 @@ class _Memory:
         return -q
 
 
-def descend(seis, cells, n_iterations=60, noise=None, minutes=math.inf, note=lambda n_samples, vel: None):
-    """Fit maps to gathers: seis (B, S, T, R), unknowns `Cells` or `Modes` -> (vel, relative misfits (n, B)).
+class _Objective:
+    """What `descend` minimises, as a function of unknowns (B, P).
 
-    Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + penalty, from the top down in windows that grow. Each
-    map's minimum velocity, which sets the sponge, is an unknown of its own. Each sample has its own step
-    length; one whose misfit falls to what noise of its standard deviation `noise` (B,) leaves, stops
-    (discrepancy principle, Morozov, 1966). Each window takes an equal part of the iterations, or ends at its
-    part of the minutes; `note` is then called with its samples and the maps.
+    They are a sample's cells and, last, its minimum velocity as a share of OpenFWI's range.
     """
-    vel, shape = cells.maps(cells.start), cells.start.shape
-    n_batch = len(vel)
-    span, noise = V_MAX - V_MIN, torch.zeros(n_batch, device=vel.device) if noise is None else noise
-    v_min = vel.amin((1, 2, 3)).clamp(V_MIN, V_MAX)
-    unknown = torch.cat([cells.start.flatten(1), (v_min[:, None] - V_MIN) / span], 1).detach()
-    began = time.monotonic()
 
-    def field(u):
-        return u[:, :-1].view(shape)
+    def __init__(self, seis, cells):
+        self.seis, self.cells = seis, cells
+        v_min = cells.maps(cells.start).amin((1, 2, 3)).clamp(V_MIN, V_MAX)
+        share = (v_min[:, None] - V_MIN) / (V_MAX - V_MIN)
+        self.start = torch.cat([cells.start.flatten(1), share], 1).detach()
 
-    def weighted(n_samples):
-        """Weights that grow with time (T, 1), the gathers times them, these gathers' energies (B,)."""
-        n = min(n_samples, seis.shape[2] - 1)  # index 999 of the real data does not follow the scheme
-        gain = (torch.arange(n, device=seis.device, dtype=seis.dtype) / n)[:, None]
-        observed = seis[:, :, :n] * gain
+    def _of_cells(self, unknown):
+        return unknown[:, :-1].view(self.cells.start.shape)
+
+    def maps(self, unknown):
+        """Unknowns -> maps (B, 1, Z, X) m/s."""
+        return self.cells.maps(self._of_cells(unknown))
+
+    def _weighted(self, n_samples):
+        """Weights that grow with time (T, 1), the gathers times them, the energy of these (B,)."""
+        n = min(n_samples, self.seis.shape[2] - 1)  # sample 999 of OpenFWI's data does not follow the scheme
+        gain = (torch.arange(n, device=self.seis.device, dtype=self.seis.dtype) / n)[:, None]
+        observed = self.seis[:, :, :n] * gain
         return gain, observed, observed.flatten(1).square().sum(1).clamp(min=1e-30)
 
-    def evaluate(u, n_samples, some):
-        """Objective and misfit (b,) of some samples, and gradient (b, P)."""
-        gain, observed, energy = weighted(n_samples)
-        u = u.detach().requires_grad_()
+    def misfit_of_noise(self, noise, n_samples):
+        """The relative misfit (B,) that noise of standard deviation (B,) leaves to the true map."""
+        gain, _, energy = self._weighted(n_samples)
+        return 1.02 * noise * (gain.square().sum() * self.seis[0, :, 0].numel() / energy).sqrt()
+
+    def evaluate(self, unknown, n_samples, some):
+        """Objective and relative misfit (b,) of some samples, and the objective's gradient (b, P)."""
+        gain, observed, energy = self._weighted(n_samples)
+        unknown = unknown.detach().requires_grad_()
         made = waves.simulate(
-            cells.maps(field(u))[some],
+            self.maps(unknown)[some],
             n_samples=n_samples,
-            v_min=(V_MIN + span * u[some, -1]).clamp(V_MIN, V_MAX),
+            v_min=(V_MIN + (V_MAX - V_MIN) * unknown[some, -1]).clamp(V_MIN, V_MAX),
         )
         residual = made[:, :, : len(gain)] * gain - observed[some]
         fit = residual.flatten(1).square().sum(1) / energy[some]
-        value = fit + cells.penalty(field(u))[some]
-        (gradient,) = torch.autograd.grad(value.sum(), u)
+        value = fit + self.cells.penalty(self._of_cells(unknown))[some]
+        (gradient,) = torch.autograd.grad(value.sum(), unknown)
         return value.detach(), fit.detach().sqrt(), gradient[some]
 
-    trace = []
-    for n_samples, part in WINDOWS.items():
-        gain, _, energy = weighted(n_samples)
-        floor = 1.02 * noise * (gain.square().sum() * seis[0, :, 0].numel() / energy).sqrt()
+
+def _line_search(objective, n_samples, unknown, direction, value, fit, gradient, some):
+    """Backtrack each sample of `some` for itself (Armijo, 1966), and write what it reaches in place.
+
+    Returns (steps (B, P), changes of the gradient (B, P), samples that found nothing better).
+    """
+    length, slope = torch.ones_like(value), (direction * gradient).sum(1)
+    step, change = torch.zeros_like(unknown), torch.zeros_like(unknown)
+    for _ in range(6):
+        trial = unknown + length[:, None] * direction
+        found = objective.evaluate(trial, n_samples, some)
+        good = found[0] <= value[some] + 1e-4 * length[some] * slope[some]
+        taken, some = some[good], some[~good]
+        step[taken], change[taken] = trial[taken] - unknown[taken], found[2][good] - gradient[taken]
+        unknown[taken] = trial[taken]
+        value[taken], fit[taken], gradient[taken] = (part[good] for part in found)
+        if not len(some):
+            break
+        length[some] /= 3
+    return step, change, some
+
+
+def descend(seis, cells, n_iterations=60, noise=None, minutes=math.inf, note=lambda n_samples, vel: None):
+    """Fit maps to gathers: seis (B, S, T, R) -> (maps (B, 1, Z, X) m/s, relative misfits (iterations, B)).
+
+    cells: the unknowns, `Cells` or `Modes`. Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + penalty in time
+    windows that grow, so that maps are fitted from the top down. Each map's minimum velocity, which sets the
+    sponge, is an unknown of its own. Each sample has its own step length, and stops once its misfit is what
+    noise of the standard deviation `noise` (B,) leaves (discrepancy principle: Morozov, 1966). Each window
+    takes an equal part of the iterations, or ends at its share of `minutes`; then `note` is called with the
+    window's samples and the maps.
+    """
+    objective = _Objective(seis, cells)
+    unknown, began, trace = objective.start.clone(), time.monotonic(), []
+    noise = torch.zeros(len(unknown), device=unknown.device) if noise is None else noise
+    for n_samples, share in WINDOWS.items():
+        misfit_of_noise = objective.misfit_of_noise(noise, n_samples)
         memory = _Memory()
-        value, fit, gradient = evaluate(unknown, n_samples, slice(None))
-        done = torch.zeros(n_batch, dtype=torch.bool, device=vel.device)
+        value, fit, gradient = objective.evaluate(unknown, n_samples, slice(None))
+        done = torch.zeros(len(unknown), dtype=torch.bool, device=unknown.device)
         for _ in range(math.ceil(n_iterations / len(WINDOWS))):
-            done |= fit < floor
-            if done.all() or time.monotonic() - began > 60 * part * minutes:
+            done |= fit < misfit_of_noise
+            if done.all() or time.monotonic() - began > 60 * share * minutes:
                 break
             direction = memory.direction(gradient)
             if not memory.steps:  # the first step is small: no cell moves by more than about 40 m/s
                 direction = direction * (0.05 / direction.abs().amax(1).clamp(min=1e-30))[:, None]
-            length, slope = torch.ones_like(value), (direction * gradient).sum(1)
-            step, change = torch.zeros_like(unknown), torch.zeros_like(unknown)
-            some = (~done).nonzero()[:, 0]
-            for _ in range(6):  # backtracking, each sample for itself (Armijo, 1966)
-                trial = unknown + length[:, None] * direction
-                found = evaluate(trial, n_samples, some)
-                good = found[0] <= value[some] + 1e-4 * length[some] * slope[some]
-                taken, some = some[good], some[~good]
-                step[taken], change[taken] = trial[taken] - unknown[taken], found[2][good] - gradient[taken]
-                unknown[taken] = trial[taken]
-                value[taken], fit[taken], gradient[taken] = (part[good] for part in found)
-                if not len(some):
-                    break
-                length[some] /= 3
-            done[some] = True
+            moving = (~done).nonzero()[:, 0]
+            step, change, failed = _line_search(
+                objective, n_samples, unknown, direction, value, fit, gradient, moving
+            )
+            done[failed] = True
             memory.add(step, change)
             trace.append(fit.clone())
-        note(n_samples, cells.maps(field(unknown)).detach())
-    return cells.maps(field(unknown)).detach(), torch.stack(trace) if trace else fit[None]
+        note(n_samples, objective.maps(unknown).detach())
+    return objective.maps(unknown).detach(), torch.stack(trace) if trace else fit[None]

@@ -1,4 +1,4 @@
-"""Feedback: the network is fed its own residual."""
+"""Feedback: the network reads its own residual."""
 
 import torch
 
@@ -7,12 +7,12 @@ from waves.misfit import norm, simulated
 
 @torch.no_grad()
 def feedback(model, seis, vel, n_rounds=3, step=0.8):
-    """Feed the network its own residual: x <- x - step (F(M(x)) - x_observed), F the wave equation.
+    """Correct the network's input by the residual: x <- x - step (F(M(x)) - observed), F the wave equation.
 
-    model: M, full gathers (B, 5, 1000, 70) -> maps (B, 1, 70, 70) m/s; seis: observed; vel: M(seis). Each
-    sample keeps the map of least misfit, and its own step, halved where the misfit grew and the trial is
-    undone. Returns the maps and each one's misfits (n_rounds + 1, B), which never grow. Source: the 14th
-    place of the Kaggle competition (2025).
+    model: M, from full gathers (B, 5, 1000, 70) to maps (B, 1, 70, 70) m/s; seis: the observed gathers; vel:
+    M(seis). Each sample keeps its map of least misfit and has its own step length; where the misfit grows,
+    the trial is undone and the step halved. Returns the maps and their misfits (n_rounds + 1, B), which never
+    grow. Source: the 14th place of the Kaggle competition (2025).
     """
     fed, residual = seis, _residual(vel, seis)
     best, least = vel, norm(residual)
@@ -22,7 +22,7 @@ def feedback(model, seis, vel, n_rounds=3, step=0.8):
     for _ in range(n_rounds):
         trial = fed - steps.view(-1, 1, 1, 1) * residual
         trial_vel = model(trial)
-        trial_vel = torch.where(trial_vel.isfinite(), trial_vel, best)  # too long a step may overflow
+        trial_vel = torch.where(trial_vel.isfinite(), trial_vel, best)  # a step too long may overflow
         trial_residual = _residual(trial_vel, seis)
         better = norm(trial_residual) < least
         chosen = better.view(-1, 1, 1, 1)

@@ -1,7 +1,8 @@
-"""Layered maps found from a gather: candidates fitted in a time window that grows.
+"""Layered maps found from a gather: candidates fitted in a growing time window.
 
-From the top down, since late echoes mislead while the layers above are wrong. A guess (the network's map)
-helps, but is not needed for layers. Sizes of populations and windows were chosen on real training maps.
+Maps are fitted from the top down, since late echoes mislead while the layers above are wrong. A guess (the
+network's map) helps, but layers are found without one. The sizes of populations and windows were chosen on
+real training maps.
 """
 
 import itertools
@@ -13,29 +14,32 @@ import numpy as np
 from inversion.anneal import anneal_curves
 from inversion.gauss_newton import gauss_newton, settle
 from inversion.parameters import SPACINGS, Layers, paint
-from inversion.population import CONTRASTS, UNHEARD, depths_beneath, evolve, parents, top_velocity
+from inversion.population import CONTRASTS, NO_ECHO_NORM, depths_beneath, evolve, parents, top_velocity
 from synthetic.layers import N_CELLS
 from utils import V_MAX, V_MIN
 
-FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))  # samples, survivors
+# time samples, members of the population that survive
+FIRST_WINDOWS = ((110, 16), (140, 12), (170, 10), (200, 8), (235, 6), (270, 4))
 
-FLAT_WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # samples
+FLAT_WINDOWS = (300, 380, 470, 570, 680, 800, 1000)  # time samples
 
-WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)  # for curved layers: flanks come in late
+# Echoes of flanks arrive late, so that curved layers need more windows
+CURVED_WINDOWS = (300, 340, 380, 425, 470, 520, 570, 625, 680, 800, 1000)
 
-SHARE = 0.2  # of the first echo's norm, that a fitted first interface may leave
+ECHO_SHARE = 0.2  # of the first echo's norm, which a first interface that fits may leave unexplained
 
-WAVELET = 110  # samples after which most of an echo's wavelet has come
+WAVELET = 110  # time samples after which most of an echo's wavelet has arrived
 
 
 def _fit_controls(layers, cells, depths, smoothness=0.3):
-    """Controls of the first interface through depths at some columns."""
+    """The spline's controls (m,) of an interface that passes through depths at the given columns."""
     bend = smoothness * np.diff(np.eye(layers.m), 2, axis=0)
     target = np.concatenate([np.asarray(depths) - 0.3, np.zeros(len(bend))])
     return np.linalg.lstsq(np.vstack([layers.basis[np.asarray(cells)], bend]), target, rcond=None)[0]
 
 
 def _first_starts(observed, layers, top, guess, rng, n=24):
+    """Starts (theta) for the first interface: from echoes beneath the sources, from the guess, and varied."""
     beneath = depths_beneath(observed, top, layers.increasing)
     below = np.median([v for _, v in beneath])
     starts = [
@@ -57,23 +61,24 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
 
 
 def _target(observed, top=None):
-    """f(samples): the norm of residuals that the rounding of depths to cells leaves, beside the noise.
+    """f(time samples): the residual norm, besides the noise, that rounding depths to cells may leave.
 
-    Given the velocity of the uppermost layer, at most a share of the echoes: the residuals without layers.
+    Where `top`, the velocity of the uppermost layer, is given: at most a share of the echoes' norm, which is
+    what a map of that velocity alone leaves.
     """
 
     def target(n_samples):
         rest = 0.006 + 6e-5 * (n_samples - 100)
         if top is not None:
             echo = float(observed.residuals([np.full((N_CELLS, N_CELLS), top)], n_samples)[0].norm())
-            rest = min(rest, max(SHARE * echo, UNHEARD))
-        return observed.enough(n_samples, rest)
+            rest = min(rest, max(ECHO_SHARE * echo, NO_ECHO_NORM))
+        return observed.noise_threshold(n_samples, rest)
 
     return target
 
 
 def _first_interfaces(observed, curved, increasing, guess, rng):
-    """The uppermost interface: up to two fits, best first, (norm, theta, Layers)."""
+    """Fit the uppermost interface: the best two, (residual norm, theta, Layers) each."""
     layers = Layers(1, 0.0, curved, increasing)
 
     def breed(population):
@@ -102,24 +107,24 @@ def _first_interfaces(observed, curved, increasing, guess, rng):
         velocities, depths = layers.split(population[0][1])
         if n_samples > _echo_time(velocities, _shallow(depths)) + WAVELET:
             break
-        n_samples = int(1.2 * n_samples)  # a deep interface has not been heard yet
+        n_samples = int(1.2 * n_samples)  # the echo of a deep interface has not arrived yet
         population = evolve(observed, population, [(min(n_samples, 1000), 4)], breed, target)
     return population[:2]
 
 
 def _shallow(depths):
-    """A depth of each interface (K, 70) that all but a seventh of its columns exceed."""
+    """The depth (K,) below which all but a seventh of each interface's columns lie: depths (K, 70)."""
     return np.sort(depths, 1)[:, N_CELLS // 7]
 
 
 def _echo_time(velocities, depths):
-    """Two-way time, in samples, straight down through layers to the last depth in cells."""
+    """Two-way time, in samples, straight down through the layers to the last depth, in cells."""
     at = [0.5, *depths]
     return sum(2e4 * max(b - a, 0) / v for a, b, v in zip(at, at[1:], velocities, strict=False))
 
 
 def _add_interface(observed, layers, theta, n_samples):
-    """One interface more, its contrast and common shift chosen by trial."""
+    """Add the interface below, its contrast and shift chosen by trial: (Layers, theta)."""
     last = theta[layers.n]
     steps = [s * c for c in CONTRASTS for s in ((1,) if layers.increasing else (1, -1))]
     velocities = sorted({float(np.clip(last + step, V_MIN, V_MAX)) for step in steps})
@@ -129,21 +134,21 @@ def _add_interface(observed, layers, theta, n_samples):
 
 
 def _grow(observed, first, curved, increasing):
-    """All interfaces from the first: (norm, theta, Layers), best first, over the possible spacings."""
-    hypotheses = []  # (strikes, theta, layers)
+    """Add interfaces below the first for every possible spacing: (norm, theta, Layers) each, best first."""
+    hypotheses = []  # (how often in a row it was far behind, theta, layers)
     for _, theta, layers in first:
         middle = np.sort(layers.split(theta)[1][0])[5:-5].mean()
         for spacing in SPACINGS:
-            # the first heard may be the first there is, or lie below contrasts too faint to be heard alone
+            # the first interface found may be the uppermost, or lie below some whose echoes are too faint
             least = max(0, math.ceil((middle - 2) / spacing - 1.5))
             for n_above in range(least, math.floor((middle + 2) / spacing - 0.5) + 1):
                 model = Layers(1 + n_above, spacing, curved, increasing)
                 shifts = np.zeros(n_above * layers.m)
                 parts = [np.full(n_above, theta[0]), theta[:2], theta[2:] - n_above * spacing, shifts]
                 hypotheses.append((0, np.concatenate(parts), model))
-    if not hypotheses:  # outcrops nearly everywhere
+    if not hypotheses:  # the interface reaches the surface nearly everywhere
         hypotheses = [(0, theta, Layers(1, SPACINGS[-1], curved, increasing)) for _, theta, _ in first]
-    windows = WINDOWS if curved else FLAT_WINDOWS
+    windows = CURVED_WINDOWS if curved else FLAT_WINDOWS
     for n_samples in windows:
         fitted, done = {}, []
         for number, (strikes, theta, layers) in enumerate(hypotheses):
@@ -156,7 +161,7 @@ def _grow(observed, first, curved, increasing):
                     break
                 window = min(1000, max(n_samples, int(echo + WAVELET + 40)))
                 layers, theta = _add_interface(observed, layers, theta, window)
-            key = tuple(theta.round(1)) if layers.n == 1 else number  # spacings tell apart from the second on
+            key = tuple(theta.round(1)) if layers.n == 1 else number  # the spacing matters from the second on
             if key not in fitted:
                 fitted[key] = gauss_newton(
                     observed,
@@ -172,30 +177,30 @@ def _grow(observed, first, curved, increasing):
         done.sort(key=lambda one: one[0])
         observed.note(n_samples, done[0][3].smooth(done[0][1]))
         limit = 2 * done[0][0] + 1e-3
-        # twice worse than the best twice over: once may be an echo that only the other model had added
+        # dropped when twice as bad as the best in two windows: in one, only the best may have an echo yet
         hypotheses = [
             (strikes + 1 if norm > limit else 0, theta, layers)
             for norm, theta, strikes, layers in done
             if norm <= limit or strikes == 0 and n_samples < windows[-2]
         ][: 8 if n_samples < 500 or not curved else 4 if n_samples < 700 else 2]
-        if observed.late:
+        if observed.out_of_time:
             break
     return [(norm, theta, layers) for norm, theta, _, layers in done]
 
 
 def _fit_sharp(observed, layers, theta):
-    """theta whose map of whole cells and velocities fits the whole record best."""
-    prior = 1e-3 * layers.prior  # sharp edges fit exactly: the data decide
+    """Fit theta so that its map of whole cells and whole velocities explains the whole record."""
+    prior = 1e-3 * layers.prior  # sharp edges fit exactly, so that the data decide
     return gauss_newton(
         observed, layers.smooth, theta, layers.scale, 1000, 12, layers.clip, layers.sharp, prior, 1e-3
     )[0]
 
 
 def _retry_flat(observed, layers, theta):
-    """Fit flat layers, then each interface and its velocities anew nearby: yields (velocities, cells, norm).
+    """Fit flat layers, then search nearby for each interface: yields (velocities, cells, residual norm).
 
-    Depth and velocity trade for one another in the first windows, and what lies below follows both. The
-    first fit, then the best so far after each interface.
+    In the first windows depth and velocity can make up for each other, and the layers below follow both. The
+    first fit is yielded, then the best so far after each interface.
     """
 
     def settled(theta):
@@ -208,7 +213,8 @@ def _retry_flat(observed, layers, theta):
     n_idle, k = 0, 0
     while n_idle < layers.n:
         trials = []
-        ranges = ((k, k + 1), (k, n), (k + 1, n))  # of velocities: above it, and all below, or only those
+        # velocities changed together: the one above the interface, this and all below, only those below
+        ranges = ((k, k + 1), (k, n), (k + 1, n))
         for shift, factor, some in itertools.product((-1.5, -1, -0.5, 0, 0.5, 1, 1.5), factors, ranges):
             trials.append(theta.copy())
             trials[-1][slice(*some)] *= factor
@@ -226,12 +232,12 @@ def _retry_flat(observed, layers, theta):
 
 
 def _first_explained(observed, grown):
-    """Of flat layers of several spacings the first that explain the gather, else the best.
+    """The first of several flat-layered fits that explains the gather, else the best of them.
 
-    Turn and turn about: what cannot fit takes a minute to end.
+    They take turns, since a wrong spacing may take a minute to come to its end.
     """
-    best, enough = (None, None, math.inf), observed.enough(1000, 1e-4)
-    # the right spacing is rarely further down
+    best, target = (None, None, math.inf), observed.noise_threshold(1000, 1e-4)
+    # the right spacing is rarely beyond the sixth
     tries = deque(_retry_flat(observed, layers, theta) for _, theta, layers in grown[:6])
     while tries:
         found = next(tries[0], None)
@@ -239,16 +245,17 @@ def _first_explained(observed, grown):
             tries.popleft()
             continue
         best = min(best, found, key=lambda one: one[2])
-        if best[2] < enough or observed.late:
+        if best[2] < target or observed.out_of_time:
             break
         tries.rotate(-1)
     return best
 
 
 def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
-    """Maps of flat or curved layers that may explain a gather: yields (map (70, 70), norm of its residuals).
+    """Search maps of flat or curved layers that explain a gather: yields (map, residual norm).
 
-    One of each start, up to `n_starts` with other random numbers, until no more than noise is unexplained.
+    observed: `Observed`; increasing: velocities increase with depth; guess and maps: (70, 70) m/s. A map is
+    yielded for each start, up to `n_starts` with different random numbers, until one leaves only noise.
     """
     for seed in range(n_starts):
         rng = np.random.default_rng(seed)
@@ -261,5 +268,5 @@ def find_layers(observed, curved, increasing=True, guess=None, n_starts=8):
         else:
             velocities, cells, norm = _first_explained(observed, grown)
         yield paint(velocities, cells), norm
-        if norm < observed.enough(1000, 1e-3 if curved else 1e-4):
+        if norm < observed.noise_threshold(1000, 1e-3 if curved else 1e-4):
             break

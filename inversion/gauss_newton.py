@@ -1,8 +1,8 @@
-"""Gauss-Newton in few unknowns: residuals of many maps at once, derivatives by differences, damped steps.
+"""Gauss-Newton for maps of few unknowns: many maps simulated at once, derivatives by differences.
 
-A derivative is the difference of two simulations: one more map in a batch that uses all cores, a third
-of what forward-mode derivatives (`torch.func.jvp` of `waves.simulate`) cost. It need not be exact. Those of
-many single cells come by reciprocity (`waves.jacobian`).
+A derivative is the difference of two simulations. It need not be exact, and as one more map in a batch it
+costs a third of a forward-mode derivative (`torch.func.jvp` of `waves.simulate`). Where many single cells
+move, the derivatives come by reciprocity (`waves.jacobian`).
 """
 
 import numpy as np
@@ -12,21 +12,23 @@ from inversion.parameters import paint
 from synthetic.layers import N_CELLS
 from utils import V_MAX, V_MIN
 
-DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the last one's
+DAMPING = (1e-2, 1.0, 1e2)  # tried in each step, times the damping of the step before
 
-OUTSIDE = np.pad(np.zeros((N_CELLS - 3, N_CELLS - 2), bool), ((2, 1), (1, 1)), constant_values=True)
+# Cells that `waves.jacobian` leaves out: the sources' row, those above, and the rim
+RIM = np.pad(np.zeros((N_CELLS - 3, N_CELLS - 2), bool), ((2, 1), (1, 1)), constant_values=True)
 
-FEW = 30  # maps that are sooner simulated than by `Observed.linear`
+MIN_LINEARISED_MAPS = 30  # fewer maps are simulated: that is faster than `Observed.linearised_change`
 
 
 def gauss_newton(
     observed, smooth, theta, scale, n_samples, n_steps, clip, exact=None, prior=0.0, least_gain=0.03
 ):
-    """Minimise ‖residuals(exact(theta))‖² + Σ prior·theta²: (theta, norm of the residuals).
+    """Minimise ‖residuals(exact(theta))‖² + Σ prior·theta²: (theta, residual norm).
 
-    smooth: theta (P,) -> map (70, 70), whose differences over 0.1 `scale` give the derivatives; exact: what
-    is fitted, default `smooth`. A step is at most 3 `scale`; `clip` brings theta into its bounds. Ends after
-    n_steps, or when a step gains less than the share `least_gain`. Levenberg (1944), Marquardt (1963).
+    smooth: theta (P,) -> map (70, 70) m/s, whose differences over 0.1 `scale` give the derivatives; exact:
+    the map to be fitted, by default `smooth`; clip: brings theta within its bounds. A step is at most 3
+    `scale`. Ends after `n_steps`, or when a step gains less than the share `least_gain`. Source: Levenberg
+    (1944), Marquardt (1963).
     """
     exact, eye = exact or smooth, 0.1 * np.diag(scale)
 
@@ -36,7 +38,7 @@ def gauss_newton(
     residual = observed.residuals([exact(theta)], n_samples)[0]
     value, damping = float(residual @ residual) + penalty(theta), 1e-2
     for _ in range(n_steps):
-        if observed.late:
+        if observed.out_of_time:
             break
         changed = observed.residuals([smooth(theta), *(smooth(theta + step) for step in eye)], n_samples)
         jacobian = (changed[1:] - changed[0]) / 0.1
@@ -71,11 +73,12 @@ def gauss_newton(
 
 
 def changes(observed, velocities, depths, columns):
-    """How residuals change: (rows (P, D) of a cell down and of `step`, the residual (D,), `step` (K+1,)).
+    """How residuals change with depths and velocities: (rows (P, D), residual (D,), velocity steps (K+1,)).
 
-    One row for each interface of depths (K, 70) and each list of columns that move as one, then one for
-    each velocity. Where a depth is at the bottom, the change is that of a cell up, reversed. Moves inside are
-    linearised (`Observed.linear`), unless they are few.
+    velocities (K+1,) m/s; depths (K, 70), the first cells of the lower layers; columns: lists of columns that
+    move together. There is a row for each interface and list, for a move down by one cell, then a row for
+    each velocity, for its step in m/s. At the bottom, the row of a move up is reversed. Moves within the map
+    are linearised (`Observed.linearised_change`), unless there are only few.
     """
     base, moves, signs = paint(velocities, depths), [], []
     for k in range(len(depths)):
@@ -87,34 +90,34 @@ def changes(observed, velocities, depths, columns):
     step = 5.0 * np.where(velocities < 4490, 1, -1)
     faster = [paint(velocities + step * (np.arange(len(step)) == k), depths) for k in range(len(step))]
     moves = np.stack(moves)
-    inside = ~(moves != base)[:, OUTSIDE].any(1)
-    if inside.sum() < FEW:
+    inside = ~(moves != base)[:, RIM].any(1)
+    if inside.sum() < MIN_LINEARISED_MAPS:
         inside[:] = False
     residuals = observed.residuals([base, *moves[~inside], *faster], 1000)
     signs = torch.tensor(signs, device=residuals.device)[:, None]
     rows = torch.empty(len(moves), residuals.shape[1], device=residuals.device)
     rows[~inside] = residuals[1 : len(residuals) - len(step)] - residuals[0]
     if inside.any():
-        rows[inside] = observed.linear(base, moves[inside])
+        rows[inside] = observed.linearised_change(base, moves[inside])
     return torch.cat([signs * rows, residuals[-len(step) :] - residuals[0]]), residuals[0], step
 
 
 def settle(observed, velocities, depths, increasing=True, n_rounds=12):
-    """Settle whole-cell depths and whole velocities of flat layers together: (velocities, depths, norm).
+    """Settle flat layers on whole cells and whole velocities: (velocities, depths, residual norm).
 
-    velocities (K+1,), depths (K, 70), first cells of the lower layers. In each round every move by one cell
-    is simulated, the best mixture of moves and changes of velocity is found by least squares within bounds,
-    and the moves above a threshold are made.
+    velocities (K+1,) m/s; depths (K, 70), the first cells of the lower layers. Each round simulates every
+    move by one cell, finds the best mixture of moves and velocity changes by least squares within bounds, and
+    makes the moves whose share is above a threshold.
     """
     n = len(depths)
     bounds = np.r_[np.full(n, 1.5), np.full(n + 1, 60.0)] * [[-1], [1]]
     norm = float(observed.residuals([paint(velocities, depths)], 1000)[0].norm())
     for _ in range(n_rounds):
-        if norm < 1e-6 or observed.late:
+        if norm < 1e-6 or observed.out_of_time:
             break
         rows, residual, step = changes(observed, velocities, depths, [range(N_CELLS)])
         shares = least_squares_in_box(rows, residual, bounds)
-        # of a thin layer, depth and velocity tell the same: the velocities are tried alone too
+        # in a thin layer depth and velocity act alike, so that the velocities are tried alone too
         alone = least_squares_in_box(rows[n:], residual, bounds[:, n:])
         both, alone = (np.clip(velocities + step * some, V_MIN, V_MAX) for some in (shares[n:], alone))
         if increasing:
@@ -126,16 +129,19 @@ def settle(observed, velocities, depths, increasing=True, n_rounds=12):
             trials += [(velocities, moved), (np.rint(both), moved)]
         norms = observed.residuals([paint(*t) for t in trials], 1000).norm(dim=1)
         best = int(norms.argmin())
-        if float(norms[best]) >= observed.least_share * norm:
+        if not observed.improves(float(norms[best]), norm):
             break
         (velocities, depths), norm = trials[best], float(norms[best])
     return velocities, depths, norm
 
 
-def least_squares_in_box(rows, target, bounds, price=0.0, n_sweeps=300):
-    """argmin ‖target + Σ s_j rows_j‖² / 2 + Σ price_j s_j, s within bounds (2, P), by coordinate descent."""
+def least_squares_in_box(rows, target, bounds, penalty=0.0, n_sweeps=300):
+    """Minimise ‖target + Σ s_j rows_j‖² / 2 + Σ penalty_j s_j by coordinate descent: s (P,).
+
+    rows: (P, D); target: (D,); bounds: (2, P), the lowest and highest s.
+    """
     gram = (rows @ rows.T).cpu().double().numpy()
-    slope = (rows @ target).cpu().double().numpy() + price
+    slope = (rows @ target).cpu().double().numpy() + penalty
     diagonal = np.diag(gram) + 1e-7 * np.diag(gram).mean() + 1e-30
     shares = np.zeros(len(gram))
     for _ in range(n_sweeps):

@@ -1,4 +1,4 @@
-"""Velocity maps in few unknowns, as OpenFWI made them: flat or curved layers, and layers cut by one fault."""
+"""Velocity maps of few unknowns, as OpenFWI made them: flat or curved layers, and layers cut by one fault."""
 
 import math
 
@@ -19,7 +19,7 @@ def paint(velocities, depths):
 
 
 def shade(velocities, depths):
-    """As `paint` for depths between cells, which mix 1/v² by area: what waves feel of a thin layer."""
+    """As `paint`, but depths may lie between cells, which mix 1/v² by area as waves do."""
     depths = np.maximum.accumulate(depths)
     below = np.clip(np.arange(1, N_CELLS + 1)[:, None, None] - depths.T, 0, 1)  # (Z, X, K)
     slowness = velocities**-2.0
@@ -27,16 +27,17 @@ def shade(velocities, depths):
 
 
 def cells_of(depths):
-    """Depths (K, 70), as drawn -> first cells of the lower layers (K, 70)."""
+    """Depths (K, 70) in cells, as the generator draws them -> first cells of the lower layers (K, 70)."""
     cells = np.floor(depths + ROUNDING)
     return np.clip(np.maximum.accumulate(cells), 0, N_CELLS).astype(int)
 
 
 class Layers:
-    """Layers `spacing` cells apart: theta = (velocities (K+1), first controls (m), shifts (K-1, m)).
+    """Layers about `spacing` cells thick: theta = (velocities (K+1), first controls (m), shifts (K-1, m)).
 
-    A control is a depth: one for a flat interface, eight of the spline for a curved one (maps.py).
-    Each further interface is the one above, `spacing` deeper, and a shift within ±1 cell.
+    A control is a depth in cells: a flat interface has one, a curved one the eight of its spline
+    (`synthetic.layers.SPLINE`). Each further interface lies `spacing` cells below the one above, plus a shift
+    within ±1 cell.
     """
 
     def __init__(self, n_interfaces, spacing, curved, increasing=True):
@@ -47,20 +48,21 @@ class Layers:
         self.scale = np.concatenate(
             [[50.0], np.full(self.n, 200.0), np.full(self.m, 2.0), np.full(n_shifts, 0.5)]
         )
-        # weak, so that only what the data leave open follows it; shifts are uniform within ±1
+        # so weak that it only decides what the data leave open; the generator's shifts are uniform within ±1
         self.prior = np.concatenate([np.zeros(1 + self.n + self.m), np.full(n_shifts, 3e-6)])
 
     def controls(self, theta):
-        """theta -> controls of each interface (K, m), depths in cells."""
+        """theta -> controls (K, m) of every interface, depths in cells."""
         controls = theta[self.n + 1 :].reshape(self.n, self.m).copy()
         controls[1:] += self.spacing
         return np.cumsum(controls, 0)
 
     def split(self, theta):
-        """theta -> velocities (K+1,) m/s, depths (K, 70) in cells, not rounded."""
+        """theta -> velocities (K+1,) m/s and depths (K, 70) in cells, not rounded."""
         return theta[: self.n + 1], self.controls(theta) @ self.basis.T
 
     def smooth(self, theta):
+        """theta -> the map (70, 70) m/s for derivatives, which changes smoothly with depths."""
         velocities, depths = self.split(theta)
         return shade(velocities, depths + ROUNDING - 0.5)
 
@@ -69,13 +71,15 @@ class Layers:
         return cells_of(self.split(theta)[1])
 
     def sharp(self, theta):
+        """theta -> the map (70, 70) m/s of whole velocities and whole cells, as the generator makes it."""
         return paint(np.rint(theta[: self.n + 1]), self.cells(theta))
 
     def bounded(self, velocities):
-        """Velocities within OpenFWI's range, in version A increasing."""
+        """Velocities brought into OpenFWI's range, and for version A made to increase with depth."""
         return np.clip(np.maximum.accumulate(velocities) if self.increasing else velocities, V_MIN, V_MAX)
 
     def clip(self, theta):
+        """theta brought within the bounds of its unknowns."""
         theta, n = theta.copy(), self.n + 1
         theta[:n] = self.bounded(theta[:n])
         theta[n : n + self.m] = np.clip(theta[n : n + self.m], -2, 45)
@@ -87,17 +91,18 @@ class Layers:
         return np.concatenate([theta[: n + 1], theta[self.n + 1 :][: n * self.m]])
 
     def deeper(self, theta, velocity, shift):
-        """theta with one more interface below: (Layers of one more, theta)."""
+        """Add an interface below: (Layers with one more interface, theta)."""
         more = Layers(self.n + 1, self.spacing, self.m > 1, self.increasing)
         n = self.n + 1
         return more, np.concatenate([theta[:n], [velocity], theta[n:], np.broadcast_to(shift, self.m)])
 
 
 class Fault:
-    """Flat layers and FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
+    """Flat layers cut by FlatFault_A's fault: theta = (velocities (K+1), depths (K), start, end, throw).
 
-    Depths in cells; start and end on the border, and throw, in half cells: `slip_soft`; `mirrored` maps
-    are reversed left to right. Where `flipped` (before that), rounding is to decide the other way.
+    Depths are in cells; start and end along the border and the throw are in half cells, as in `slip_soft`.
+    mirrored: the map is reversed left to right. flipped: (140, 140) before that, where rounding decides the
+    other way.
     """
 
     def __init__(self, n_interfaces, mirrored, flipped=False):
@@ -115,7 +120,7 @@ class Fault:
         return field[:, ::-1].copy() if self.mirrored else field  # torch takes no reversed views
 
     def smooth(self, theta):
-        """Between whole throws by interpolation."""
+        """theta -> the map (70, 70) m/s for derivatives, interpolated between whole throws."""
         n, low = self.n + 1, math.floor(theta[-1])
         some = theta[:n], theta[n:-3], *theta[-3:-1]
         share = theta[-1] - low
@@ -127,15 +132,16 @@ class Fault:
         return whole[:n], whole[n:-3], *whole[-3:-1], int(whole[-1])
 
     def sharp(self, theta):
-        """All unknowns whole, as they were drawn."""
+        """theta -> the map (70, 70) m/s of whole unknowns, as the generator makes it."""
         return self._map(*self._whole(theta))
 
     def flips(self, theta):
-        """Masks (N, 140, 140) of what rounding decides: each makes another `flipped`."""
+        """Masks (N, 140, 140) of half cells where rounding decides together: each may be flipped."""
         velocities, depths, *fault = self._whole(theta)
         return undecided(self._unfaulted(velocities, depths), velocities[0], *fault)
 
     def clip(self, theta):
+        """theta brought within the bounds of its unknowns."""
         theta, n = theta.copy(), self.n + 1
         theta[:n] = np.clip(np.maximum.accumulate(theta[:n]), V_MIN, V_MAX)
         theta[n:-3] = np.clip(np.maximum.accumulate(theta[n:-3]), 4, 69)

@@ -11,24 +11,21 @@ import bench
 import waves
 from inversion.anneal import anneal_curves
 from inversion.cellwise import Cells, Modes, descend, total_variation
+from inversion.draw_faults import fault_from_echoes, fault_through, lean_other_way
 from inversion.find_fault import (
-    _aim,
-    _blocks,
-    _complete,
-    _descend,
-    _elsewhere,
-    _finish,
-    _rescan,
-    _settled,
-    _through,
-    _turned,
+    _fit_sharp,
+    _fit_whole_record,
+    _move_faintest_interface,
+    _search_blocks,
+    _trial_blocks,
 )
 from inversion.find_layers import _target, find_layers
 from inversion.gauss_newton import changes, gauss_newton, settle
 from inversion.invert import invert
-from inversion.observed import EXPLAINED, Observed
+from inversion.observed import EXPLAINED_NORM, Observed
 from inversion.parameters import Fault, Layers, paint, shade
 from inversion.population import _distinct, surface_velocity, top_velocity
+from inversion.settle_fault import refit_decisions, settle_fault
 from postprocess import gaussian
 from synthetic import dataset
 from synthetic.maps import make_maps
@@ -126,11 +123,11 @@ def test_the_true_map_is_told_from_a_wrong_one_amid_noise(span):
     wrong[21:] += 300
     for n_samples in (300, 1000):
         norm = float(observed.residuals([FLAT], n_samples).norm())
-        assert observed.floor(n_samples) == pytest.approx(norm, rel=0.05)
-        assert norm < observed.enough(n_samples, 0.01)
+        assert observed.noise_norm(n_samples) == pytest.approx(norm, rel=0.05)
+        assert norm < observed.noise_threshold(n_samples, 0.01)
     rest = float(quiet.residuals([wrong], 1000).norm())
-    assert observed.enough(1000, 0.5 * rest) < float(observed.residuals([wrong], 1000).norm())
-    assert rest > EXPLAINED
+    assert observed.noise_threshold(1000, 0.5 * rest) < float(observed.residuals([wrong], 1000).norm())
+    assert rest > EXPLAINED_NORM
 
 
 def test_residuals_of_the_true_map_vanish_in_every_window():
@@ -201,8 +198,8 @@ def test_trying_pairs_of_unknowns_anew_finds_an_interface_that_steps_do_not(mirr
     true = np.array([1700.0, 2500, 3600, 18, 45, 115, 115, 14])
     observed = Observed(gather(model.sharp(true), (34,)), (34,))
     start = true + [0, 0, -1000, 0, 8, 0, 0, 0]
-    stepped = _descend(observed, start, model, 600, 12)[1]
-    theta, norm = _rescan(observed, start, model, 600)
+    stepped = _fit_sharp(observed, start, model, 600, 12)[1]
+    theta, norm = _search_blocks(observed, start, model, 600)
     assert norm < 0.01 < stepped, (norm, stepped)
     np.testing.assert_allclose(theta[:5], true[:5], atol=20)
     torch.as_tensor(model.sharp(theta))  # which takes no reversed views
@@ -233,7 +230,7 @@ def test_residuals_by_reciprocity_are_those_of_moved_cells(noise, monkeypatch):
     made = {}
     for few in (30, math.inf):
         observed = Observed(seis, (9, 34))
-        monkeypatch.setattr("inversion.gauss_newton.FEW", few)
+        monkeypatch.setattr("inversion.gauss_newton.MIN_LINEARISED_MAPS", few)
         made[few] = changes(observed, velocities, depths, [[x] for x in range(70)])[0], observed.simulations
     (fast, few), (slow, many) = made.values()
     error = (fast - slow).norm(dim=1) / slow.norm(dim=1)
@@ -273,7 +270,7 @@ def test_a_fault_nearly_found_is_finished_to_the_last_whole_unknown():
     observed = Observed(gather(model.sharp(true), (34,)), (34,))
     near = true + np.array([0, 2.3, -3.4, 0, 0, 2.6, -2.4, 0.3])
     norm = float(observed.residuals([model.sharp(near)], 1000)[0].norm())
-    theta, _, left = _finish(observed, near, model)
+    theta, _, left = settle_fault(observed, near, model)
     assert norm > 0.01 > 1e-5 > left, (norm, left)
     np.testing.assert_array_equal(np.rint(theta), true)
 
@@ -287,9 +284,9 @@ def test_a_start_that_ends_at_the_same_map_again_gives_way_to_the_next(monkeypat
         tried.append(int(theta[0]))
         return theta, model, norms[tried[-1]].pop(0)
 
-    monkeypatch.setattr("inversion.find_fault._finish", finish)
-    monkeypatch.setattr("inversion.find_fault._rescan", lambda _, theta, *rest: (theta, 0.0))
-    norm, vel = _complete(Observed(gather(FLAT, (0,)), (0,)), population, 0.001)
+    monkeypatch.setattr("inversion.find_fault.settle_fault", finish)
+    monkeypatch.setattr("inversion.find_fault._search_blocks", lambda _, theta, *rest: (theta, 0.0))
+    norm, vel = _fit_whole_record(Observed(gather(FLAT, (0,)), (0,)), population, 0.001)
     assert tried == [1800] * 3 + [1801] * 4
     assert norm == 0.04 and (vel == model.sharp(theta)).all()
 
@@ -304,11 +301,11 @@ def test_a_row_that_rounding_kept_old_is_found_and_bends_no_velocities():
     assert np.abs(vel - model.sharp(true)).max() > 20
     observed = Observed(gather(vel, (34,)), (34,))
     near = true + np.array([0, 4, -6, 0, 0, 0, 0, 0])
-    theta, found, norm = _finish(observed, near, model)
+    theta, found, norm = settle_fault(observed, near, model)
     np.testing.assert_array_equal(theta, true)
     assert norm < 2e-3 and np.abs(found.sharp(theta) - vel).mean() < 0.1
     # where a move has led, too, whatever was decided where it came from
-    theta, found, norm = _settled(observed, near, Fault(2, False, masks[0]))
+    theta, found, norm = refit_decisions(observed, near, Fault(2, False, masks[0]))
     np.testing.assert_array_equal(theta, true)
     assert norm < 2e-3 and np.abs(found.sharp(theta) - vel).mean() < 0.1
 
@@ -318,7 +315,7 @@ def test_faults_are_drawn_through_what_is_seen_beneath_the_sources():
     beneath = [(20.0, 2600.0), (20.0, 2600.0), (13.0, 2700.0), (13.0, 2600.0), (13.0, 2600.0)]
     guess, right = np.repeat(np.linspace(1800, 4000, 70)[:, None], 70, 1), []
     for seed in range(20):
-        theta, model = _through(beneath, sources, 1800.0, 3, guess, np.random.default_rng(seed))
+        theta, model = fault_from_echoes(beneath, sources, 1800.0, 3, guess, np.random.default_rng(seed))
         depths = (model.sharp(model.clip(theta)) > 2500).argmax(0)[list(sources)]
         assert theta[0] == 1800 and abs(theta[-1]) == 14
         right.append(np.abs(depths[1:4] - [20, 13, 13]).max() <= 1)  # far from the fault the old may stay
@@ -327,7 +324,7 @@ def test_faults_are_drawn_through_what_is_seen_beneath_the_sources():
 
 @pytest.mark.parametrize("end", range(*FAULT_ENDS, 25))
 def test_a_fault_is_aimed_through_a_point(end):
-    start, same_end = _aim(80.0, 40.0, end)
+    start, same_end = fault_through(80.0, 40.0, end)
     top, across = fault_line(start, same_end)
     assert same_end == end
     assert top - across * 40 == pytest.approx(80, abs=0.5)  # whole ends of the border's corner
@@ -336,7 +333,7 @@ def test_a_fault_is_aimed_through_a_point(end):
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_fault_turned_to_lean_the_other_way_has_the_same_layers_on_both_sides(mirrored):
     model, theta = Fault(2, mirrored), np.array([1800.0, 2600.0, 3500.0, 20.0, 40.0, 95.0, 95.0, 14.0])
-    turned, other = _turned(theta, model, 95)
+    turned, other = lean_other_way(theta, model, 95)
     assert other.mirrored != mirrored
     sides = [one.sharp(one.clip(t))[:, [8, 61]] for t, one in ((theta, model), (turned, other))]
     for v in (2200, 3000):
@@ -347,7 +344,7 @@ def test_a_fault_turned_to_lean_the_other_way_has_the_same_layers_on_both_sides(
 
 def test_the_faintest_interface_is_tried_elsewhere():
     theta = np.array([1800.0, 2200.0, 2205.0, 3000.0, 15.0, 28.0, 40.0, 95.0, 95.0, 14.0])
-    trials = _elsewhere(theta, 4)
+    trials = _move_faintest_interface(theta, 4)
     assert (np.diff(trials[:, :4]) > 0).all() and (np.diff(trials[:, 4:7]) >= 0).all()
     assert (trials[:, -3:] == theta[-3:]).all()
     assert [1800, 2200, 3000, 3500, 15, 40, 56] in trials[:, :7].tolist()
@@ -356,12 +353,12 @@ def test_the_faintest_interface_is_tried_elsewhere():
 
 def test_blocks_change_what_they_name_alone():
     theta = np.array([1800.0, 2200.0, 3000.0, 15.0, 40.0, 95.0, 95.0, 14.0])
-    *layers, elsewhere, throws, ends = _blocks(theta, 3)
+    *layers, elsewhere, throws, ends = _trial_blocks(theta, 3)
     for trials, changed in zip([*layers, throws, ends], [(2, 4), (1, 3), (5, 7), (5, 6)], strict=True):
         assert tuple(np.flatnonzero((trials != theta).any(0))) == changed
     assert len(elsewhere)
     theta[3:5] = 40.0, 41.0  # no room between them for the second
-    assert all(len(trials) for trials in _blocks(theta, 3))
+    assert all(len(trials) for trials in _trial_blocks(theta, 3))
 
 
 def test_the_recognised_flat_gather_becomes_its_map():
@@ -471,8 +468,8 @@ def test_searches_take_turns_until_one_explains_and_that_goes_on_alone(family, o
     def search(name, *norms):
         def starts(observed, _):
             for norm in norms:
-                alone = observed.turn_ends > observed.deadline - 60 * 0.2 * observed.left
-                observed.stay(norm)
+                alone = observed.turn_ends > observed.deadline - 60 * 0.2 * observed.minutes_left
+                observed.extend_turn(norm)
                 called.append((name, alone, observed.turn_ends == observed.deadline))
                 yield FLAT, norm
 

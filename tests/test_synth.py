@@ -19,7 +19,7 @@ from conftest import ROOT
 import synth
 import waves
 from benchmarks import map_statistics, realism
-from inversion.find_fault import _map_fit, _random_fault
+from inversion.draw_faults import fit_to_guess, random_fault
 from synthetic import dataset, layers
 from utils import FAMILIES
 
@@ -287,9 +287,9 @@ def test_real_flat_faults_are_made_again(shared_data, index):
     with np.load(shared_data / "maps" / "FlatFault_A.npz") as file:
         real = file["model11"][index, 0].astype(float)
     rng = np.random.default_rng(0)
-    drawn = [_random_fault(3, real, rng) for _ in range(300)]
+    drawn = [random_fault(3, real, rng) for _ in range(300)]
     drawn.sort(key=lambda one: np.abs(one[1].smooth(one[0]) - real).mean())
-    _, theta, model = min((_map_fit(m, t, real, 12) for t, m in drawn[:12]), key=lambda one: one[0])
+    _, theta, model = min((fit_to_guess(m, t, real, 12) for t, m in drawn[:12]), key=lambda one: one[0])
 
     def error(theta):
         return np.abs(model.sharp(model.clip(theta)) - real).mean()

@@ -1,4 +1,4 @@
-"""The wave equation behind OpenFWI, exact, fast and differentiable: `from waves import simulate`."""
+"""The wave equation of OpenFWI, exact, fast and differentiable: `from waves import simulate`."""
 
 from waves.acquisition import OPENFWI, SOURCES, Acquisition, ricker
 from waves.equation import jacobian, simulate

@@ -17,7 +17,10 @@ def _cells(name, cells):
 
 @dataclass(frozen=True)
 class Acquisition:
-    """Geometry, time axis and sponge of a survey. Cells count from the map's top left corner."""
+    """Geometry, time axis and sponge of a survey. Cells are counted from the map's top left corner.
+
+    Raises ValueError for cells that are not whole numbers and for sizes that are not positive.
+    """
 
     sources: tuple = (0, 17, 34, 52, 69)  # horizontal cells, one shot each
     receivers: tuple | None = None  # horizontal cells; None: every column of the map
@@ -43,7 +46,10 @@ class Acquisition:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
 
     def damping_per_velocity(self):
-        """Sponge damping / v_min from the map outwards: (n_pad,) 1/m; 1e-7 of the amplitude is to survive."""
+        """Damping of the sponge / v_min, from the map outwards: (n_pad,) in 1/m.
+
+        It is chosen so that 1e-7 of a wave's amplitude survives.
+        """
         width_m = (self.n_pad - 1) * self.dx_m
         i = torch.arange(self.n_pad, dtype=torch.float64)
         return 3 * math.log(1e7) / (2 * width_m) * (i * self.dx_m / width_m) ** 2
@@ -61,7 +67,7 @@ SOURCES = OPENFWI.sources
 
 
 def ricker(n_samples, dtype=torch.float32, acquisition=OPENFWI):
-    """Ricker wavelet without delay: (n_samples,); for OpenFWI 147 samples, then zeros."""
+    """Ricker wavelet that begins at once: (n_samples,); for OpenFWI 147 samples, then zeros."""
     cycles = acquisition.peak_hz * acquisition.dt_s
     half = math.floor(2.2 / cycles) // 2
     a = (half - torch.arange(2 * half + 1, dtype=torch.float64)) * cycles * math.pi

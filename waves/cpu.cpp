@@ -1,14 +1,14 @@
-// The time loop of wave_engine.py for one shot on one CPU thread, which compiles and calls it.
+// The time loop for one shot on one CPU thread; cpu.py compiles and calls it for engine.py.
 //
 // All time steps of a shot run before the next shot starts, so that its fields stay in the core's cache.
 // Fields are (nz + 1, stride), at least 16 cells wider than the grid's nx. Row 0 is spare, so that every row has
 // two cells left of its column 0: the last two of the row before. Those, and the two right of column nx - 1,
-// repeat the grid's other side. Windows can reach beyond nx to end on a whole vector, never into the last 16.
+// repeat the grid's other side. Windows may reach beyond nx to end on a whole vector, never into the last 16.
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-enum Mode { PLAIN, STORE, ADJOINT, TANGENT };  // the same numbers as in wave_engine.py
+enum Mode { PLAIN, STORE, ADJOINT, TANGENT };  // the same numbers as in passes.py
 
 struct Grid {
     long nz, nx, stride;         // cells, sponge included
@@ -31,7 +31,8 @@ struct Shot {
     T *sponge;                   // ADJOINT: -= kappa x gradient towards kappa. TANGENT: relative change of kappa
 };
 
-// At *c, given where the cells above and below lie. Differences to the centre: less round-off than -5 centre.
+// The Laplacian at *c, given the offsets of the cells above and below. It adds differences to the centre, which
+// rounds off less than subtracting five times the centre.
 template <typename T>
 static inline T laplacian(const T *c, long up2, long up, long down, long down2) {
     const T m = *c;
@@ -39,7 +40,7 @@ static inline T laplacian(const T *c, long up2, long up, long down, long down2) 
            T(1.0 / 12) * (((c[up2] - m) + (c[down2] - m)) + ((c[-2] - m) + (c[2] - m)));
 }
 
-// Fields at sample n from p and p_old, n - 1 and n - 2, into next. past: the history at n - 2, followed by n - 1, n.
+// Write the field at sample n into next, given p at n - 1 and p_old at n - 2. past: the history at n - 2, n - 1, n.
 template <typename T, int MODE>
 static void step(const Grid &g, const Shot<T> &s, const int *window, const T *inside, T *sums, const T *p,
                  const T *p_old, T *next, const T *past) {
@@ -47,7 +48,7 @@ static void step(const Grid &g, const Shot<T> &s, const int *window, const T *in
     const long field = (g.nz + 1) * g.stride;
     for (long z = 0; z < g.nz; z++) {
         const long lo = window[2 * z], hi = window[2 * z + 1];
-        if (MODE == STORE) {  // the next step looks beyond the window, where a reused slot holds another time
+        if (MODE == STORE) {  // the next step reads beyond the window, where a reused slot still holds another time
             const bool at_edge = lo < hi && (lo < 2 || hi > g.nx - 2);
             long left = at_edge ? 0 : lo < hi ? lo - 2 : g.stride, right = at_edge ? g.stride : hi + 2;
             for (long n = g.nz - 2; n <= g.nz + 2; n++) {
@@ -82,7 +83,7 @@ static void step(const Grid &g, const Shot<T> &s, const int *window, const T *in
     }
 }
 
-// Samples begin ... end - 1, in ADJOINT backwards.
+// Take samples begin ... end - 1, backwards in ADJOINT.
 template <typename T, int MODE>
 static void run(const Grid &g, Shot<T> s, long begin, long end) {
     const long source = (g.source_row + 1) * g.stride + g.source, n_columns = g.nx - 2 * g.pad;
@@ -117,7 +118,7 @@ static void run(const Grid &g, Shot<T> s, long begin, long end) {
 
 template <typename T>
 static void dispatch(int mode, const Grid *g, const Shot<T> *s, long begin, long end) {
-#if defined(__SSE2__)  // fields fade through denormal numbers, which are slow: flush them to zero in here
+#if defined(__SSE2__)  // fading fields become denormal numbers, which are slow: flush them to zero in here
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);
 #endif

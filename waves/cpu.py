@@ -1,4 +1,4 @@
-"""The time loop on CPUs: cpu.cpp, compiled at first use."""
+"""The time loop on CPUs: cpu.cpp, compiled at its first use."""
 
 import ctypes
 import functools
@@ -15,14 +15,14 @@ from waves.passes import BLOCK, newest_first, warn_once
 
 @functools.cache
 def compiled():
-    """cpu.cpp as a library, compiled for this machine in seconds; None, said once, where that fails."""
+    """cpu.cpp as a library, compiled for this machine in seconds; None, with a warning, where that fails."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     vectors = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast"]
     reason = ""
     with tempfile.TemporaryDirectory() as folder:
         library, source = Path(folder, "cpu.so"), Path(__file__).with_name("cpu.cpp")
-        # old compilers do not know the levels
+        # old compilers do not know x86-64-v3 and v4
         for target in (vectors.get(torch.backends.cpu.get_cpu_capability(), []), ["-march=native"]):
             command = [compiler, *flags, *target, source, "-o", library]
             try:
@@ -30,7 +30,7 @@ def compiled():
                 return ctypes.CDLL(str(library))
             except (OSError, subprocess.CalledProcessError) as error:
                 reason = reason or (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-    warn_once(f"wave: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
+    warn_once(f"waves: no C++ compiler works here ({reason}); simulating in plain PyTorch, far slower")
     return None
 
 
@@ -45,7 +45,7 @@ class _Shot(ctypes.Structure):
 
 
 def run_cpp(job, mode, lane, begin, end, **tensors):
-    """Take a lane of one shot through samples begin ... end - 1; return the new (p, p_old), if any."""
+    """Advance a lane of one shot through samples begin ... end - 1: the new (p, p_old), if any."""
     shot, map_index = lane.start, lane.start // job.n_sources
     size = (job.nz, job.nx, job.stride, job.pad)
     grid = _Grid(

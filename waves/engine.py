@@ -1,10 +1,10 @@
-"""What equation.py computes with: the passes through time of a batch of shots, and the kernels for the steps.
+"""Passes through time of a batch of shots, for the equation of equation.py, and the choice of a kernel.
 
-The Laplacian is symmetric, so alpha x the adjoint field obeys the recursion of equation.py backwards in time,
-driven by alpha x residual at the receivers; a change of the field obeys it too, driven by d_alpha lap p[n] -
-d_kappa (p[n] - p[n-1]). One kernel therefore serves simulation, gradient and Jacobian-vector product:
-`cpu.cpp` on a CPU with a C++ compiler, `cuda.py` (Triton) on CUDA, plain PyTorch elsewhere. A time step
-updates only the cells that energy can have reached and can still return from.
+The Laplacian is symmetric. Therefore alpha x the adjoint field obeys the recursion of equation.py backwards
+in time, driven by alpha x residual at the receivers; and a change of the field obeys it forwards, driven by
+d_alpha lap p[n] - d_kappa (p[n] - p[n-1]). One kernel serves simulation, gradient and Jacobian-vector
+product: `cpu.cpp` on a CPU with a C++ compiler, `cuda.py` (Triton) on CUDA, plain PyTorch elsewhere. A time
+step updates only the cells that energy can have reached and can still return from.
 """
 
 import functools
@@ -22,22 +22,26 @@ from waves.plain import run_torch
 
 
 class Checkpoints(dict):
-    """First shot of a lane -> the fields at each block's start. `torch.func` would copy a plain dict."""
+    """{first shot of a lane: fields at each block's start}; `torch.func` would copy a plain dictionary."""
 
 
 class Job:
-    """A batch of shots in the kernels' layout, and the passes through time over it.
+    """A batch of N = B x S shots in the kernels' layout, and the passes through time over them.
 
-    Fields are (..., nz + 1, stride); see cpu.cpp for the spare row and columns. Shots N = B x S. A lane is a
-    set of shots that one kernel call advances: a single shot on a CPU, where every thread takes lane after
-    lane so that its fields stay in cache, and all of them elsewhere.
+    Fields are (..., nz + 1, stride); cpu.cpp explains the spare row and columns. A lane is a set of shots
+    that one kernel call advances: a single shot on a CPU, where every thread takes lane after lane so that
+    its fields stay in cache, and all shots elsewhere.
+
+    alpha: (B, Z, X), padded; v_min: (B,) m/s; drive: (B, S, T), added at the sources; v_max: m/s of each map.
     """
 
     def __init__(self, alpha, v_min, drive, acquisition, v_max):
         self.n_maps, self.nz, self.nx = alpha.shape
         self.n_sources, self.n_samples = drive.shape[1:]
         self.n_shots, self.pad = self.n_maps * self.n_sources, acquisition.n_pad
-        self.stride = (self.nx + 15) // 16 * 16 + 16  # rows start on cache lines; room for what wraps
+        self.stride = (
+            self.nx + 15
+        ) // 16 * 16 + 16  # rows start on cache lines, with room for the columns that wrap
         self.like, self.v_min, self.shape = alpha.detach(), v_min.detach(), drive.shape
         self.drive = drive.detach().contiguous().flatten(0, 1)
         self.alpha = self.layout(self.like)
@@ -57,7 +61,7 @@ class Job:
         self.source = self.source_row + 1, torch.tensor(self.sources, device=alpha.device)
         columns = acquisition.receivers or (0, self.nx - 2 * self.pad - 1)
         self.receivers = min(columns) + self.pad, max(columns) + self.pad
-        fastest = [math.ceil(v / 50) * 50 for v in v_max]  # few values, so that windows are found again
+        fastest = [math.ceil(v / 50) * 50 for v in v_max]  # few values, so that cached windows are reused
         reach = torch.tensor(fastest, dtype=torch.float32) * acquisition.dt_s / acquisition.dx_m
         self.reach = reach.to(alpha.device)[self.maps]
         margin = MARGIN * alpha.element_size() // 4
@@ -76,6 +80,7 @@ class Job:
         self.blocks = [(n, min(n + BLOCK, self.n_samples)) for n in range(0, self.n_samples, BLOCK)]
 
     def layout(self, field):
+        """A field (..., nz, nx) in the kernels' layout."""
         return F.pad(field, (0, self.stride - self.nx, 1, 0)).contiguous()
 
     def fields(self, *n):
@@ -83,16 +88,16 @@ class Job:
         return self.empty(self.lanes[0].stop, *n, self.nz + 1, self.stride)
 
     def empty(self, *shape):
-        """Uninitialised, on cache lines."""
+        """An uninitialised tensor that starts on a cache line."""
         if self.like.device.type != "cpu":
             return self.like.new_empty(shape)
         n = math.prod(shape)
-        room = np.empty(n + 16, str(self.like.dtype)[6:])  # NumPy asks for huge pages, PyTorch does not
+        room = np.empty(n + 16, str(self.like.dtype)[6:])  # NumPy allocates huge pages, PyTorch does not
         start = -room.ctypes.data % 64 // room.itemsize
         return torch.from_numpy(room[start : start + n].reshape(shape))
 
     def over_lanes(self, work):
-        """Call work(lanes) in every thread; together they take each lane once."""
+        """Call work(lanes) in every thread; together the threads take each lane once."""
         lanes = iter(self.lanes)
         n_threads = min(torch.get_num_threads(), len(self.lanes))
         if n_threads == 1:
@@ -103,8 +108,8 @@ class Job:
 
     @functools.cached_property
     def active(self):
-        """First shot of a lane -> for each block the index of the rows and columns with all active cells."""
-        wheres = {}
+        """{first shot of a lane: for each block the index of the rows and columns that hold active cells}."""
+        indices = {}
         for lane in self.lanes:
             bounds = np.stack(self.bounds[lane])  # (shots, blocks, 4)
             bounds = np.concatenate([bounds[..., :2].min(0), bounds[..., 2:].max(0)], 1)
@@ -112,11 +117,11 @@ class Job:
                 (a, b) if a > 1 and b < self.nx - 1 else (0, self.stride) for _, a, _, b in bounds.tolist()
             ]
             rows = [slice(top, bottom + 1) for top, _, bottom, _ in bounds.tolist()]
-            wheres[lane.start] = [(..., z, slice(*x)) for z, x in zip(rows, columns, strict=True)]
-        return wheres
+            indices[lane.start] = [(..., z, slice(*x)) for z, x in zip(rows, columns, strict=True)]
+        return indices
 
     def simulate(self, seis, kept=None):
-        """Record seis (N, T, X); into kept put the checkpoints that `gradient` needs."""
+        """Record the gathers into seis (N, T, X), and the checkpoints that `gradient` needs into kept."""
         if kept is not None:
             self.check_memory()
 
@@ -137,14 +142,16 @@ class Job:
         self.over_lanes(work)
 
     def checkpoints(self, lane):
-        """For each block (where, room): the index of its active cells, and (2, shots, rows, columns)."""
-        n, wheres = lane.stop - lane.start, self.active[lane.start]
-        shapes = [(2, n, rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in wheres]
+        """For each block the index of its active cells, and room for fields (2, shots, rows, columns)."""
+        n, indices = lane.stop - lane.start, self.active[lane.start]
+        shapes = [
+            (2, n, rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in indices
+        ]
         rooms = self.empty(sum(map(math.prod, shapes))).split([math.prod(shape) for shape in shapes])
-        return [(where, room.view(shape)) for where, room, shape in zip(wheres, rooms, shapes, strict=True)]
+        return [(where, room.view(shape)) for where, room, shape in zip(indices, rooms, shapes, strict=True)]
 
     def gradient(self, d_seis, kept):
-        """Gradient towards (alpha, v_min, drive) from that towards seis (N, T, X) and the checkpoints."""
+        """Gradients towards (alpha, v_min, drive), from the one towards seis (N, T, X) and checkpoints."""
         image = torch.zeros_like(self.alpha)[self.maps]
         sponge, d_drive = self.drive.new_zeros(self.n_shots), torch.empty_like(self.drive)
 
@@ -155,7 +162,7 @@ class Job:
                 for (begin, end), (where, room) in zip(
                     reversed(self.blocks), reversed(kept[lane.start]), strict=True
                 ):
-                    # cpu.cpp clears what it will read; the others reach cells that hold a later time
+                    # cpu.cpp clears what it will read; the other kernels read cells that hold a later time
                     _fill(history[:, :2] if self.kernel is run_cpp else history)
                     for slot in range(2):
                         _view(history[:, slot])[where] = _view(room)[slot]
@@ -165,7 +172,7 @@ class Job:
                     p, p_old = self.kernel(self, ADJOINT, lane, begin, end, history=history, **moving, **sums)
 
         self.over_lanes(work)
-        # kernels take p[n] - p[n-1] - (1 - kappa) (p[n-1] - p[n-2]) for alpha lap p[n-1]: not at the source
+        # kernels use p[n] - p[n-1] - (1 - kappa) (p[n-1] - p[n-2]) as alpha lap p[n-1]: wrong at sources
         image[(self.shots, *self.source)] -= (d_drive * self.drive).sum(1) * self.alpha[
             (self.maps, *self.source)
         ]
@@ -196,9 +203,9 @@ class Job:
         self.over_lanes(work)
         return seis.unflatten(0, self.shape[:2])
 
-    def listen(self, rows, columns, every=1):
-        """Of every so many samples the fields at cells of the padded grid: (C,) each -> (N, T', C)."""
-        heard = self.empty(self.n_shots, -(-self.n_samples // every), len(rows))
+    def record_at_cells(self, rows, columns, every=1):
+        """The field at given cells (C,) of the padded grid, every n-th time sample: (N, T', C)."""
+        recorded = self.empty(self.n_shots, -(-self.n_samples // every), len(rows))
 
         def work(lanes):
             p, p_old = self.fields(), self.fields()
@@ -206,16 +213,16 @@ class Job:
             for lane in lanes:
                 _fill(p, p_old)
                 moving = {"drive": self.drive[lane], "gather": gather}
-                for k in range(heard.shape[1]):
+                for k in range(recorded.shape[1]):
                     begin, end = max(0, (k - 1) * every + 1), k * every + 1
                     p, p_old = self.kernel(self, PLAIN, lane, begin, end, p=p, p_old=p_old, **moving)
-                    _view(heard)[lane, k] = _view(p)[:, rows + 1, columns]
+                    _view(recorded)[lane, k] = _view(p)[:, rows + 1, columns]
 
         self.over_lanes(work)
-        return heard
+        return recorded
 
     def check_memory(self):
-        """Raise MemoryError where the checkpoints and buffers of a gradient would not fit."""
+        """Raise MemoryError if the checkpoints and buffers of a gradient do not fit into free memory."""
         n_lanes = min(torch.get_num_threads(), len(self.lanes))
         n_fields = self.n_shots + n_lanes * (BLOCK + 4) * self.lanes[0].stop
         n_cells = n_fields * (self.nz + 1) * self.stride
@@ -244,7 +251,7 @@ def _free_bytes(device):
 
 
 def _view(tensor):
-    """What to copy and fill by: NumPy on a CPU, since PyTorch would start threads within our threads."""
+    """The tensor, on a CPU as a NumPy array: PyTorch would start threads of its own within our threads."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
@@ -257,13 +264,13 @@ def _fill(*tensors):
 def windows_of(acq, nz, nx, source, v_max, margin):
     """First and last + 1 active column of every row, (blocks, nz, 2) int32, and their bounds, (blocks, 4).
 
-    source is the map's column, nz and nx the padded grid's size, v_max in m/s.
-    A cell is active in a block of time steps if energy from the source can be there by the block's last step
-    and back at the receivers by the last sample, at v_max, round the periodic grid where that is shorter.
+    source: column of the map; nz, nx: size of the padded grid; v_max: m/s; margin: cells. A cell is active in
+    a block of time steps if energy can reach it from the source by the block's last step and return to the
+    receivers by the last sample, at v_max and around the periodic grid where that way is shorter.
     """
     cells = v_max * acq.dt_s / acq.dx_m  # per time step
     n, z = np.arange(0, acq.n_samples, BLOCK)[:, None], np.arange(nz)
-    halves = []  # width of the window to each side, (blocks, nz); NaN where not even the same column is near
+    halves = []  # half the window's width, (blocks, nz); NaN where even the nearest cell of a row is too far
     for row, reach in ((acq.source_row, n + BLOCK), (acq.receiver_row, acq.n_samples - n)):
         dz = abs(z - row - acq.n_pad)
         square = (cells * reach + margin) ** 2 - np.minimum(dz, nz - dz) ** 2
@@ -289,7 +296,7 @@ def windows_of(acq, nz, nx, source, v_max, margin):
 
 
 def _kernel(device_type):
-    """The kernel to use and its shots per lane, None for all."""
+    """The kernel to use, and how many shots are a lane; None means all of them."""
     if device_type == "cuda":
         try:
             from waves import cuda

@@ -1,11 +1,11 @@
-"""The wave equation behind OpenFWI: velocity maps in, shot gathers out, exactly and fast.
+"""The wave equation of OpenFWI: velocity maps in, shot gathers out, exactly and fast.
 
 2-D constant-density acoustics, second order in time, fourth in space, on a periodic grid with a sponge:
 
     p[n+1] = p[n] + (1 - kappa) (p[n] - p[n-1]) + alpha lap p[n], and at the source + (v dt)^2 w[n+1]
 
 with alpha = (v dt/dx)^2 and kappa = damping x dt. Source: OpenFWI (Deng et al., 2022, arXiv 2111.02926) and
-its forward-modelling code. `engine.py` takes the steps.
+its forward-modelling code. `engine.py` takes the time steps.
 """
 
 import math
@@ -21,11 +21,13 @@ from waves.engine import Checkpoints, Job
 def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None):
     """Simulate shot gathers: (B, 1, Z, X) or (B, Z, X) m/s -> (B, S, T, R), in vel's dtype, on its device.
 
-    sources, n_samples: replace the acquisition's. v_min: (B,) m/s, the velocity that sets the sponge's
-    strength; default each map's minimum. Differentiable once towards vel and v_min, in backward mode and in
-    forward mode (`torch.func.jvp`), by the exact discrete adjoint. Raises ValueError for what cannot be
-    simulated, and MemoryError before a gradient that would not fit: it keeps checkpoints until its backward
-    pass, 40 to 110 MiB per OpenFWI map in float32 on a CPU, the more the faster the map.
+    sources and n_samples replace the acquisition's own. v_min: (B,) m/s, the velocity that sets the sponge's
+    strength, by default each map's minimum. The result is differentiable once towards vel and v_min, in
+    backward mode and in forward mode (`torch.func.jvp`), by the exact discrete adjoint.
+
+    Raises ValueError for maps and surveys that cannot be simulated, and MemoryError if a gradient would not
+    fit: until the backward pass it keeps checkpoints, on a CPU 40 to 110 MiB per OpenFWI map in float32, more
+    for faster maps.
     """
     changes = {"sources": sources, "n_samples": n_samples}
     acquisition = replace(acquisition, **{k: v for k, v in changes.items() if v is not None})
@@ -46,14 +48,16 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
 
 
 def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
-    """How a map's gathers change with single cells' 1/v²: vel (Z, X) m/s -> (P, S, T', R), in (m/s)².
+    """Derivatives of a map's gathers with respect to 1/v² of single cells: (P, S, T', R), in (m/s)².
 
-    rows, columns: (P,) whole numbers, of cells below the sources' row and not on the map's rim, which the
-    sponge repeats. T': samples 0, every, 2 every, …, enough for frequencies up to 1 / (2 every dt), or the
-    means of `span` samples from each of those on. What a cell scatters is the second time difference of the
-    field there, convolved with what it would hear of an impulse at a receiver (reciprocity; Pratt, Shin and
-    Hicks, 1998): a simulation for each source and receiver, however many cells there are. Raises ValueError
-    for other cells or `every`, and as `simulate`.
+    vel: (Z, X) m/s. rows, columns: (P,) whole numbers, the cells; they lie below the sources' row and not on
+    the map's rim, which the sponge repeats. T' are samples 0, every, 2 every, ..., which hold frequencies up
+    to 1 / (2 every dt), or the means of `span` samples from each of these on.
+
+    A cell scatters the second time difference of the field there, convolved with the field that an impulse at
+    a receiver would cause there (reciprocity; Pratt, Shin and Hicks, 1998). This takes one simulation for
+    each source and receiver, however many cells there are. Raises ValueError for other cells, for `every`
+    beyond what the wavelet allows, and as `simulate` does.
     """
     acq, most = acquisition, int(1 / (8 * acquisition.peak_hz * acquisition.dt_s))
     if not 1 <= every <= most:
@@ -66,41 +70,44 @@ def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
             raise ValueError(f"{name}: got {some}, expected cells from {first} to {last}")
     v_min, v_max = vel.min()[None], _check(vel[None], None, acq)
     receivers = acq.receivers or tuple(range(vel.shape[1]))
-    # So few samples do not hold what a cell hears of an impulse, but what it hears of a Gaussian. A Ricker
-    # wavelet is that Gaussian convolved with a Ricker wavelet of a slightly higher peak frequency.
-    width, later = 0.75 * every, 4 * every  # samples: the Gaussian's, and by how many all comes later
+    # Every n-th sample is too coarse for the response to an impulse, but not for that to a Gaussian. A
+    # Ricker wavelet is that Gaussian convolved with a Ricker wavelet of a slightly higher peak frequency.
+    width, later = 0.75 * every, 4 * every  # samples: of the Gaussian; by which everything arrives later
     peak_hz = (acq.peak_hz**-2 - 2 * (math.pi * width * acq.dt_s) ** 2) ** -0.5
     n_samples = acq.n_samples + later + span
-    forth = replace(acq, peak_hz=peak_hz, n_samples=n_samples)
-    back = replace(forth, sources=receivers, source_row=acq.receiver_row, receivers=None)
-    delay, less = (int(ricker(20 * most, acquisition=a).argmax()) for a in (acq, forth))
+    forward = replace(acq, peak_hz=peak_hz, n_samples=n_samples)
+    backward = replace(forward, sources=receivers, source_row=acq.receiver_row, receivers=None)
+    delay, less = (int(ricker(20 * most, acquisition=a).argmax()) for a in (acq, forward))
     centre = later + delay - less
     pulse = torch.exp(-0.5 * ((torch.arange(n_samples) - centre) / width) ** 2)
     wavelet = (
-        (peak_hz / acq.peak_hz) ** 3 / (width * math.sqrt(2 * math.pi)) * ricker(n_samples, vel.dtype, forth)
+        (peak_hz / acq.peak_hz) ** 3
+        / (width * math.sqrt(2 * math.pi))
+        * ricker(n_samples, vel.dtype, forward)
     )
-    v_source, v_receiver = (vel[a.source_row, list(a.sources)] for a in (forth, back))
+    v_source, v_receiver = (vel[a.source_row, list(a.sources)] for a in (forward, backward))
     alpha = (F.pad(vel[None, None], (acq.n_pad,) * 4, mode="replicate")[0] * acq.dt_s / acq.dx_m) ** 2
     cells = rows + acq.n_pad, columns + acq.n_pad
     drive = (v_source * acq.dt_s)[:, None] ** 2 * wavelet.to(vel)
-    scattered = Job(alpha, v_min, drive[None], forth, v_max).listen(*cells)
+    scattered = Job(alpha, v_min, drive[None], forward, v_max).record_at_cells(*cells)
     scattered = F.pad(scattered, (0, 0, 2, 0)).diff(2, dim=1)[:, ::every]
-    heard = Job(alpha, v_min, pulse.to(vel).expand(1, len(receivers), -1), back, v_max).listen(*cells, every)
+    pulses = pulse.to(vel).expand(1, len(receivers), -1)
+    received = Job(alpha, v_min, pulses, backward, v_max).record_at_cells(*cells, every)
     size = 2 * scattered.shape[1]
-    scattered, heard = (torch.fft.rfft(x, size, dim=1).permute(2, 0, 1) for x in (scattered, heard))
+    scattered, received = (torch.fft.rfft(x, size, dim=1).permute(2, 0, 1) for x in (scattered, received))
     radians = 2 * math.pi / (size * every) * torch.arange(size // 2 + 1, dtype=torch.float64)[:, None]
     means = torch.polar(torch.ones(span).double(), radians * torch.arange(span)).mean(1)
-    heard = heard * (-every * means).to(heard)
+    received = received * (-every * means).to(received)
     kept = slice(later // every, later // every - (-acq.n_samples // every))
     made = vel.new_empty(len(rows), len(acq.sources), -(-acq.n_samples // every), len(receivers))
     for cell in range(len(rows)):
-        traces = torch.fft.irfft(scattered[cell][:, None] * heard[cell], size)[..., kept]
+        traces = torch.fft.irfft(scattered[cell][:, None] * received[cell], size)[..., kept]
         made[cell] = (traces * v_receiver[:, None] ** 2).transpose(1, 2)
     return made
 
 
 def _check(vel, v_min, acq):
-    """Raise ValueError for what cannot be simulated; return each map's largest velocity in m/s."""
+    """Each map's largest velocity in m/s. Raises ValueError for maps that cannot be simulated."""
     if vel.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"velocity: got {vel.dtype}, expected float32 or float64; convert with .float()")
     if vel.ndim != 3 or 0 in vel.shape:
@@ -154,17 +161,17 @@ class _Wave(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         inputs = *ctx.saved_tensors, ctx.acquisition, ctx.v_max, grad, ctx.kept
-        return *_Apart.apply(_gradient, *inputs), None, None, None
+        return *_Unwrapped.apply(_gradient, *inputs), None, None, None
 
     @staticmethod
     def jvp(ctx, *changes):
         saved = ctx.saved_tensors
         changes = [torch.zeros_like(x) if d is None else d for x, d in zip(saved, changes[:3], strict=True)]
-        return _Apart.apply(_tangent, *saved, ctx.acquisition, ctx.v_max, *changes)
+        return _Unwrapped.apply(_tangent, *saved, ctx.acquisition, ctx.v_max, *changes)
 
 
-class _Apart(torch.autograd.Function):
-    """Calls a function with plain tensors: `torch.func` takes its wrappers off for a Function only."""
+class _Unwrapped(torch.autograd.Function):
+    """Call a function with plain tensors: `torch.func` unwraps its own tensors only for a Function."""
 
     @staticmethod
     def forward(function, *inputs):

@@ -6,7 +6,7 @@ from waves.passes import ADJOINT, PLAIN, STORE, TANGENT, newest_first
 def run_torch(
     job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
 ):
-    """As `run_cpp`, for all shots at once and on the full grid."""
+    """As `cpu.run_cpp`, for all shots at once and on the full grid."""
     inside, columns = (..., slice(1, None), slice(job.nx)), slice(job.pad, job.nx - job.pad)
     maps, shots = job.maps[lane], job.shots[lane] - lane.start
     alpha, kappa = job.alpha[maps][inside], job.kappa_x[maps, None, : job.nx].repeat(1, job.nz, 1)
@@ -41,6 +41,6 @@ def _next(p, p_old, alpha, kappa):
 
 
 def _laplacian(p):
-    """Fourth-order, periodic; from differences to the centre, which loses less than -5 p."""
+    """Fourth order, periodic. Adding differences to the centre rounds off less than subtracting 5 p."""
     near, far = (sum(p.roll(s, d) - p for d in (-2, -1) for s in (shift, -shift)) for shift in (1, 2))
     return 4 / 3 * near - 1 / 12 * far

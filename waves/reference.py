@@ -1,4 +1,4 @@
-"""The scheme written the obvious way: slow, for tests and benchmarks to compare with."""
+"""The scheme written in the obvious way: slow, for tests and benchmarks to compare with."""
 
 import functools
 
@@ -10,9 +10,9 @@ import waves
 
 
 def reference_simulate(vel, acquisition=waves.OPENFWI, periodic=True):
-    """The scheme of `waves`, written the obvious way: (B, Z, X) m/s -> (B, S, T, R).
+    """Simulate in the obvious way: (B, Z, X) m/s -> (B, S, T, R).
 
-    periodic=False puts zeros beyond the grid instead of its other side: wrong for OpenFWI's data.
+    periodic=False puts zeros beyond the grid instead of its other side, which is wrong for OpenFWI's data.
     """
     acq, pad, (nz, nx) = acquisition, acquisition.n_pad, vel.shape[-2:]
     v_min = vel.amin((-2, -1))[:, None]
@@ -43,7 +43,7 @@ def reference_simulate(vel, acquisition=waves.OPENFWI, periodic=True):
 
     p = p_old = vel.new_zeros(len(vel), len(source), *alpha.shape[-2:])
     gathers, block = [], advance
-    if vel.requires_grad:  # keeps the graph of 20 steps, not of all
+    if vel.requires_grad:  # so that the graph of only 20 steps is kept
         block = functools.partial(checkpoint, advance, use_reentrant=True)
     for begin in range(0, acq.n_samples, 20):
         end = min(begin + 20, acq.n_samples)
