@@ -49,25 +49,27 @@ def save_checkpoint(path, state, keep_as=None):
             os.replace(path, keep_as)
 
 
-def load_checkpoint(path, option="--ckpt"):
-    """Read a checkpoint onto the CPU: a dict with at least "model", {name: tensor}.
+def read_checkpoint(path, option="--ckpt"):
+    """What a checkpoint file holds, on the CPU, as it was saved; Python objects are refused.
 
-    Ours comes as it was saved. Others' weights are found bare, or under one of the names in WEIGHTS, their
-    running average under one of AVERAGES, which then is "ema"; .safetensors files are read too. Raises
-    ValueError, one line that names the file, for all else.
+    Reads what torch.save wrote, and .safetensors. Raises ValueError, one line that names the file.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such checkpoint"
         raise ValueError(f"{path}: {what}; give the path of a .pt file by {option}=PATH")
     with open(path, "rb") as file:
-        head = file.read(512)
-    check_head(path, head)
-    if path.suffix == ".safetensors":
-        state = read_safetensors(path)
-    else:
-        state = read_pickled(path)
-    return with_weights(path, state)
+        check_head(path, file.read(512))
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """Read a checkpoint of any origin: a dict with at least "model", {name: tensor}.
+
+    Weights are found bare, or under one of the names in WEIGHTS, their running average under one of
+    AVERAGES, which then is "ema". Raises ValueError, one line that names the file, for all else.
+    """
+    return with_weights(path, read_checkpoint(path, option))
 
 
 def load_described(path):

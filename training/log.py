@@ -62,7 +62,7 @@ def step_of(line):
     """The step of a line of log.jsonl; infinity of a line that is no record, such as one cut short."""
     try:
         step = json.loads(line)["step"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return math.inf
     return step if type(step) is int else math.inf
 

@@ -53,11 +53,31 @@ class MuonAdamW(torch.optim.Optimizer):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
-        muon, adamw = self.parts.values()
-        muon.load_state_dict(state["muon"])
-        # older versions' AdamW was not fused
-        groups = [group | {"fused": True} for group in state["adamw"]["param_groups"]]
-        adamw.load_state_dict({**state["adamw"], "param_groups": groups})
+        for name, part in self.parts.items():
+            load_state(part, state[name])
+
+
+def load_state(optimizer, state):
+    """Give an optimizer the state of another one like it; its options, as rates and `fused`, stay its own.
+
+    Raises ValueError and what torch raises where the state does not fit: a wrong shape could end the process.
+    """
+    if isinstance(optimizer, MuonAdamW):
+        return optimizer.load_state_dict(state)
+    groups = [
+        {**mine, "params": saved["params"]}
+        for mine, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    names = set().union(*optimizer.state.values())
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        found = optimizer.state.get(p, {})
+        if lacking := names - found.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))} of a {tuple(p.shape)} tensor")
+        for name, value in found.items():
+            fits = isinstance(value, torch.Tensor) and value.shape in (p.shape, ())
+            if not (fits and value.isfinite().all()):
+                raise ValueError(f"its {name} of a {tuple(p.shape)} tensor does not fit or is not finite")
 
 
 def build_optimizer(network, cfg):

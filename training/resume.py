@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 from cfg import TRAINING, Config, fields_that_decide
-from networks.checkpoints import load_checkpoint
+from networks.checkpoints import is_weights, read_checkpoint
 from training.runs import launch_line, run_folders
 from utils import read_lines
 
@@ -22,7 +21,9 @@ STATE = {  # what a checkpoint of a run holds, and its type
     "global_batch": int,
     "cfg": dict,
 }
-COUNTS = ("step", "validated", "since_best")  # of the progress, besides "best_mae"
+COUNTS = ("step", "validated", "since_best")  # of the progress
+ERRORS = ("best_mae", "best_saved_mae")  # of the progress; older versions had the first alone
+OLDEST_OPTIONS = {"seed", "arch", "lr", "epochs", "batch_size"}  # that all versions had
 # Not compared: files are compared by what was indexed.
 COMPARED_OTHERWISE = ("data_root", "val_root")
 # What belongs to the call, not to the run that it starts or goes on with.
@@ -63,7 +64,7 @@ def latest_state(folder):
         if not path.exists():
             continue
         try:
-            state = load_checkpoint(path)
+            state = read_checkpoint(path)
             check_state(path, state)
         except ValueError as error:
             failures.append(str(error))
@@ -76,22 +77,31 @@ def latest_state(folder):
 
 def check_state(path, state):
     """Raise ValueError unless a checkpoint holds all of a run, whole."""
-    if "optimizer" not in state:
-        raise ValueError(f"{path}: holds weights only, expected all of a run; start from it by --ckpt={path}")
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise ValueError(f"{path}: holds no run, at most weights; start from these by --ckpt={path}")
     faults = [
         f"{name} is a {type(state.get(name)).__name__}, expected {kind.__name__}"
         for name, kind in STATE.items()
         if not isinstance(state.get(name), kind)
     ]
     if not faults:
-        progress = state["progress"]
-        faults = [f"{n} = {progress.get(n)!r}" for n in COUNTS if not is_count(progress.get(n))]
-        if type(progress.get("best_mae")) is not float or math.isnan(progress["best_mae"]):
-            faults.append(f"best_mae = {progress.get('best_mae')!r}")
+        faults = [f"{name} holds no weights" for name in ("model", "ema") if not is_weights(state[name])]
+        faults += [f"cfg lacks {name}" for name in sorted(OLDEST_OPTIONS - state["cfg"].keys())]
+        faults += progress_faults(state["progress"])
     if faults:
         raise ValueError(
             f"{path}: a damaged checkpoint ({', '.join(faults)}); start from its weights by --ckpt={path}"
         )
+
+
+def progress_faults(progress):
+    """What is wrong with the progress that a checkpoint tells, in words."""
+    faults = [f"{name} = {progress.get(name)!r}" for name in COUNTS if not is_count(progress.get(name))]
+    if not faults and max(progress[name] for name in COUNTS) > progress["step"]:
+        faults = [", ".join(f"{name} = {progress[name]}" for name in COUNTS)]
+    errors = {name: progress.get(name, progress.get("best_mae")) for name in ERRORS}
+    faults += [f"{n} = {v!r}" for n, v in errors.items() if type(v) is not float or not v >= 0]
+    return faults
 
 
 def is_count(value):
@@ -155,22 +165,22 @@ def describe_samples(items):
 def check_resumed(folder, state, trainer):
     """Raise ValueError unless a run would go on with the samples and steps that it began with."""
     remedy = f"bring them back, or start anew from its weights by --ckpt={folder}/last.pt"
-    saved = state.get("samples")  # older versions kept none, but the folders' names
+    saved = state.get("samples")
     for what, mine in trainer.samples.items():
         if isinstance(saved, dict) and mine != saved.get(what):
-            there = saved.get(what) or {}
+            there = saved[what] if isinstance(saved.get(what), dict) else {}
             counts = " and ".join(
                 f"{found.get('samples')} of {found.get('files')} files {where}"
                 for found, where in ((there, "there"), (mine, "here"))
             )
             raise ValueError(f"{folder}: other {what} samples than before ({counts}); {remedy}")
-    roots = [n for n in ("data_root", "val_root")
-             if tuple(state["cfg"].get(n, ())) != getattr(trainer.cfg, n)]  # fmt: skip
-    if not isinstance(saved, dict) and roots:
-        raise ValueError(
-            f"{folder}: another --{roots[0]}, and its checkpoint is too old to tell whether the files are "
-            f"the same; give --{roots[0]}={','.join(map(str, state['cfg'].get(roots[0], ())))}"
-        )
+    for name in () if isinstance(saved, dict) else COMPARED_OTHERWISE:  # of older versions
+        there, here = state["cfg"].get(name, ()), getattr(trainer.cfg, name)
+        if list(there) != list(here):
+            raise ValueError(
+                f"{folder}: another --{name}, and its checkpoint is too old to tell whether the files are "
+                f"the same; give --{name}={','.join(map(str, there))}"
+            )
     if state["global_batch"] != trainer.global_batch:
         raise ValueError(
             f"{folder}: another configuration (samples a step: {state['global_batch']} there, "

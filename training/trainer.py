@@ -16,7 +16,7 @@ from networks.weights import load_weights
 from openfwi.modes import preprocess
 from training.augment import augment, draw, is_on
 from training.loss import parse_family_weights, sample_losses
-from training.optim import Schedule, build_optimizer
+from training.optim import Schedule, build_optimizer, load_state
 from utils import AUTOCAST, pick_precision, to_device
 
 PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
@@ -118,9 +118,12 @@ class Trainer:
         load_weights(self.network, state["model"], f"{name}: model")
         load_weights(self.ema.module, state["ema"], f"{name}: ema")
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # as torch has it
+            load_state(self.optimizer, state["optimizer"])
+            scale = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+            if not 0 < float(scale["scale"]) < math.inf or type(scale["_growth_tracker"]) is not int:
+                raise ValueError(f"scale {scale['scale']}, growth {scale['_growth_tracker']}")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name}: optimizer or scaler of another kind, or damaged ({error}); "
                 f"start from its weights by --ckpt={name}/last.pt"
