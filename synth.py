@@ -17,28 +17,28 @@ from synthetic.maps import make_maps
 from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
 
 
-def contact_sheet(path, n=4, seed=0):
+def contact_sheet(path, n=8, seed=0):
     """Draw n maps of each family on one colour scale; returns whether matplotlib was there to do it."""
-    if not (fig := new_figure((3.2 * n, 9))):
+    if not (fig := new_figure((1.4 * n + 1, 16))):
         return False
-    axes = fig.subplots(5, 2 * n, sharex=True, sharey=True)
+    axes = fig.subplots(len(FAMILIES), n, sharex=True, sharey=True)
     ticks = (0, 350, 700)
-    for f, family in enumerate(FAMILIES):
-        row = axes[f // 2, f % 2 * n : f % 2 * n + n]
+    for row, family in zip(axes, FAMILIES, strict=True):
         for i, (ax, field) in enumerate(zip(row, make_maps(family, n, seed)[:, 0], strict=True)):
             image = ax.imshow(field, extent=(0, 700, 700, 0), vmin=V_MIN, vmax=V_MAX, cmap="viridis")
             ax.set(xticks=ticks, yticks=ticks, title=family if i == 0 else "")
     fig.supxlabel("x (m)")
     fig.supylabel("depth (m)")
-    fig.colorbar(image, ax=axes, label="velocity (m/s)", shrink=0.6)
-    save_figure(fig, path, dpi=90)
+    fig.colorbar(image, ax=axes, label="velocity (m/s)", shrink=0.4)
+    save_figure(fig, path, dpi=72)
     return True
 
 
-def real_beside_synthetic(path, folder, n=6, seed=0):
+def real_beside_synthetic(path, folder, n=8, seed=0):
     """Draw n real maps of each family found in `folder`, ours below; ValueError where there are none.
 
-    folder: holds <Family>.npz with keys model{k}; of FlatFault_A four-layer maps, hence ours have four.
+    folder: holds <Family>.npz with the key dev, or with keys model{k}, which are OpenFWI's files: of
+    FlatFault_A those of four layers, hence ours have four then.
     Returns whether matplotlib was there to do it.
     """
     found = [Path(folder) / f"{family}.npz" for family in FAMILIES]
@@ -50,8 +50,9 @@ def real_beside_synthetic(path, folder, n=6, seed=0):
     axes = fig.subplots(2 * len(found), n, squeeze=False)
     for row, file in zip(axes.reshape(-1, 2, n), found, strict=True):
         with np.load(file) as maps:
-            real = check_maps(maps[maps.files[-1]][:n], file)
-        layers = 4 if file.stem == "FlatFault_A" else None
+            key = "dev" if "dev" in maps.files else maps.files[-1]
+            real = check_maps(maps[key][:n], file)
+        layers = 4 if file.stem == "FlatFault_A" and key != "dev" else None
         for what, line, fields in zip(
             ("real", "synthetic"), row, (real, make_maps(file.stem, n, seed, layers=layers)), strict=True
         ):
