@@ -1,4 +1,4 @@
-"""Which samples to train and validate on; input modes. The program `python data.py` is inspect_data.py's."""
+"""Which samples to train and validate on. As a program, it inspects data: see openfwi/inspect_data.py."""
 
 import math
 
@@ -11,14 +11,14 @@ from utils import FAMILIES, check_family, mirror_survey, to_device
 
 
 class Items:
-    """Samples as [(pair, index), …], held as one array (n, 2): half a million take 4 MB and no objects."""
+    """A sequence of samples (pair, index), held as one array: half a million take 4 MB."""
 
     def __init__(self, pairs, rows):
-        self.pairs, self.rows = pairs, rows  # rows: number of the pair, index in it
+        self.pairs, self.rows = pairs, rows  # rows (n, 2): number of the pair, index in it
 
     @classmethod
     def of(cls, samples):
-        """From any sequence of (pair, index)."""
+        """Make Items of any sequence of (pair, index)."""
         numbers = {pair: k for k, pair in enumerate(dict.fromkeys(pair for pair, _ in samples))}
         rows = np.array([(numbers[pair], index) for pair, index in samples], np.int32).reshape(-1, 2)
         return cls(list(numbers), rows)
@@ -34,12 +34,12 @@ class Items:
 
     @property
     def families(self):
-        """Each sample's index in FAMILIES: (n,)."""
+        """The family of each sample, as an index of FAMILIES: (n,)."""
         return np.array([FAMILIES.index(pair.family) for pair in self.pairs], np.int64)[self.rows[:, 0]]
 
 
 def whole(pairs):
-    """Every sample of these pairs."""
+    """Items of every sample of these file pairs."""
     return _spans(pairs, [(k, 0, pair.n) for k, pair in enumerate(pairs)])
 
 
@@ -52,9 +52,9 @@ def _spans(pairs, spans):
 def split_pairs(pairs, cfg):
     """Split file pairs into training and validation `Items`.
 
-    split=file takes `val_files` whole files of each family, evenly spaced in
-    name order (so that all layer counts of the Fault files stay in training);
-    split=share, or a family with a single file, the last `val_share` of samples.
+    split=file takes `val_files` whole files of each family for validation, evenly spaced in name order, so
+    that all layer counts of the Fault files stay in training. split=share, and a family with a single file,
+    takes the last `val_share` of each file's samples.
     """
     train, val = [], []
     for family in dict.fromkeys(pair.family for pair in pairs):
@@ -73,7 +73,7 @@ def split_pairs(pairs, cfg):
 
 
 def family_numbers(option, words, default):
-    """("30", "Style_B:2", …) -> {family: number}; a bare number stands for all that are not named.
+    """("30", "Style_B:2", ...) -> {family: number}; a bare number holds for all families not named.
 
     Raises ValueError for other words, unknown families and negative numbers.
     """
@@ -94,7 +94,7 @@ def family_numbers(option, words, default):
 
 
 def subsample(items, cfg):
-    """`percent` of each family's samples, chosen by the seed; fewer per cent are among more."""
+    """Choose `percent` of each family's samples by the seed; larger percentages hold smaller ones."""
     percent, families, chosen = percents(cfg), items.families, []
     for f, family in enumerate(FAMILIES):
         mine = np.flatnonzero(families == f)
@@ -104,7 +104,7 @@ def subsample(items, cfg):
 
 
 def percents(cfg):
-    """{family: per cent of its samples}; raises ValueError for words that are none."""
+    """{family: percentage of its samples to use}. Raises ValueError for other words than percentages."""
     percent = family_numbers("percent", cfg.percent, 100)
     if max(percent.values()) > 100:
         raise ValueError(f"--percent={','.join(map(str, cfg.percent))}: expected at most 100")
@@ -112,8 +112,8 @@ def percents(cfg):
 
 
 def load_items(cfg):
-    """Training and validation `Items` as the configuration asks, files checked."""
-    percents(cfg)  # what does not fit shows before files are read
+    """Training and validation `Items` as configured, with files checked; raises ValueError for bad ones."""
+    percents(cfg)  # refused before files are read
     pairs = good_pairs(cfg.data_root, cfg)
     if not cfg.val_root:
         train, val = split_pairs(pairs, cfg)
@@ -137,7 +137,7 @@ def load_items(cfg):
 
 
 def good_pairs(roots, cfg):
-    """File pairs under `roots`, checked, all fit for the input mode; raises ValueError for others."""
+    """Checked file pairs under `roots`. Raises ValueError for bad ones, and for those of another mode."""
     pairs = find_pairs(roots, cfg.families, cfg.skip_bad_files)
     for pair in pairs:
         if pair.mode not in ("full", cfg.mode):
@@ -149,7 +149,7 @@ def good_pairs(roots, cfg):
 
 
 def mean_map(items, at_most=5000):
-    """Mean velocity map (1, 70, 70) float32 m/s of the items, or of evenly spaced ones of very many."""
+    """Mean velocity map (1, 70, 70) float32 m/s of the items, of `at_most` evenly spaced ones."""
     some = items[:: -(-len(items) // at_most)]
     total = np.zeros(MAP_SHAPE, np.float64)
     for pair, index in some:
@@ -158,10 +158,12 @@ def mean_map(items, at_most=5000):
 
 
 def flip_batch(seis, vel, chosen):
-    """The baseline's flip of the `chosen` (B,) samples: seis (B, S, T, R) -> float32, vel (B, 1, Z, X)."""
+    """Flip the `chosen` (B,) samples as the baseline does: seis (B, S, T, R) -> float32, vel (B, 1, Z, X)."""
     flipped = torch.empty_like(seis, dtype=torch.float32)
     for sample, source, flip in zip(flipped, seis, chosen.tolist(), strict=True):
-        sample.copy_(mirror_survey(source[None])[0] if flip else source)  # float16 until here: half the bytes
+        sample.copy_(
+            mirror_survey(source[None])[0] if flip else source
+        )  # float16 until here, which halves the bytes copied
     return flipped, torch.where(to_device(chosen, vel.device)[:, None, None, None], vel.flip(3), vel)
 
 

@@ -2,8 +2,9 @@
 
 --input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files of (n, 5, 1000, 70), or
 folders of either. Each network predicts all gathers; the predictions are joined, post-processed, refined
-against the observed gathers and written. Results lie in `<out>.work/` until the output is complete: you can
-stop the program at any time, and the same command continues where it stopped. Options: `--help`.
+against the observed gathers and written. You can stop the program at any time: results are kept in
+`<out>.work/` until the output is complete, and the same command continues where it stopped. Options:
+`--help`.
 """
 
 import json
@@ -18,7 +19,7 @@ from cfg import INFER, MAPS, PREDICTIONS, fields_that_decide, parse
 from inference.ensemble import Ensemble, checkpoint_paths
 from inference.outputs import check_outputs, output_folders, write_outputs
 from inference.pseudo import check_root
-from inference.refine import Refiner, check_method, in_turn
+from inference.refine import Refiner, check_method, in_order
 from inference.results import GATHER_FIELDS, Work, digest, fingerprint, forget_changed
 from inference.submission import MAP_FIELD, check_velocities
 from inference.tta import predict_views
@@ -31,9 +32,9 @@ from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
 
 def infer(cfg, process):
-    """Predict every gather of `cfg.input` into `cfg.out`; returns the score where truth is given.
+    """Predict every gather of `cfg.input` into `cfg.out`; return the score, {} without --truth.
 
-    Raises ValueError, before any work, for options and files that do not fit.
+    Raises ValueError, before any work, for options and files that do not fit together.
     """
     check_options(cfg, process)
     run = Run(cfg, process.device)
@@ -67,7 +68,7 @@ def check_options(cfg, process):
 
 
 class Run:
-    """One call of the program: options, what is read, the networks; `infer` adds `work` and `stop`."""
+    """One call of the program: its options, inputs and networks; `infer` adds `work` and `stop`."""
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
@@ -79,44 +80,46 @@ class Run:
         self.ensemble = Ensemble(cfg, device, self.fitted.get("ensemble_weights"))
         refines = cfg.refine != "none"
         self.needs_misfit = bool(cfg.misfit or cfg.figures or cfg.pseudo or refines)
-        self.needs_families = bool(cfg.post or cfg.fit or cfg.pseudo or refines)  # costs another pass
+        self.needs_families = bool(
+            cfg.post or cfg.fit or cfg.pseudo or refines
+        )  # takes another pass of the network
         contents = {path: fingerprint(path) for path in {path for path, *_ in self.truths or ()}}
         truths = [(contents[path], *which) for path, *which in self.truths or ()]
         self.contents = {"ids": digest([gather.oid for gather in self.gathers]), "truths": digest(truths)}
 
     @property
     def steps(self):
-        """Names of the post-processing steps in order, `auto` replaced by what was fitted."""
+        """Names of the post-processing steps in order, with `auto` replaced by the fitted ones."""
         auto = self.fitted.get("post")
         return [step for name in self.cfg.post for step in (auto if name == "auto" else [name])]
 
     @property
     def stages(self):
-        """What a map goes through, a name each."""
+        """Names of the stages that a map goes through."""
         return ["network", *self.steps, *([self.cfg.refine] if self.cfg.refine != "none" else [])]
 
     def decided_by(self, result, cfg):
         """All that a kept result depends on, for JSON: options, and the contents of the files they name.
 
-        Contents of the gathers are compared record by record (`forget_changed`).
+        The contents of gathers are compared for each record (`forget_changed`).
         """
         return {name: getattr(cfg, name) for name in fields_that_decide(result)} | self.contents
 
     def truth(self, numbers):
-        """True maps (B, 1, 70, 70) of gathers."""
+        """True maps (B, 1, 70, 70) m/s of the gathers `numbers`."""
         return torch.stack([read_truth(*self.truths[i]) for i in numbers])
 
     def errors(self, maps, numbers):
-        """Errors (B, K) in m/s of K maps (B, 1, 70, 70) of each gather; 0 where no truth is given."""
+        """Errors (B, K) in m/s of K maps (B, 1, 70, 70) of each gather; 0 without --truth."""
         if not self.truths:
             return 0.0
         truth = self.truth(numbers)
         return torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
 
     def read(self, batches, expected=None):
-        """(numbers, seis on the device, digests) of each batch, read ahead; a stop is obeyed between them.
+        """Yield (numbers, seis on the device, digests) of each batch, read ahead; may stop between batches.
 
-        expected: all gathers' digests; ValueError names the first gather that is another one by now.
+        expected: the digests of all gathers. Raises ValueError for a gather that has changed since.
         """
         n_workers = min(self.cfg.workers, os.cpu_count() or 1)
         for seis, digests, numbers in Loader(
@@ -132,12 +135,12 @@ class Run:
             self.stop.check()
 
     def bar(self, name, batches, disable=False):
-        """A progress bar over all gathers, of which the batches are still to be done."""
+        """A progress bar over all gathers; those of the batches are still to be done."""
         n = len(self.gathers)
         return tqdm(total=n, initial=n - sum(map(len, batches)), unit="map", desc=name, disable=disable)
 
     def processed(self, vel, families):
-        """Maps (B, 1, 70, 70) after each post-processing step, a list."""
+        """The maps (B, 1, 70, 70) after each post-processing step, a list."""
         return run_steps(self.steps, vel, families, self.fitted.get("statistics"))
 
     def model(self, families):
@@ -150,18 +153,18 @@ class Run:
         return predict_again
 
 
-# ---------------------------------------------------------------- the stages, each going through all gathers
+# ---------------------------------------------------------------- the stages, each for all gathers
 
 
 def predict(run, k):
-    """Each gather's map by network k: its views joined, their errors, the family it recognises."""
+    """Predict all gathers by network k: the map of joined views, each view's error, the recognised family."""
     cfg, ensemble, member = run.cfg, run.ensemble, run.ensemble.members[k]
     job = run.decided_by(PREDICTIONS, member.cfg) | {"checkpoint": fingerprint(member.path)}
     job |= {"recognises": run.needs_families}
     fields = [MAP_FIELD, ("errors", "f8", (len(ensemble.views),)), ("family", "i1"), *GATHER_FIELDS]
     results = run.work.results(f"network{k}", job, len(run.gathers), fields)
     forget_changed(results, run.gathers)
-    batches = results.todo(in_turn(range(len(run.gathers)), None, cfg.batch_size))
+    batches = results.todo(in_order(range(len(run.gathers)), None, cfg.batch_size))
     if not batches:
         return results
     member.load()
@@ -180,12 +183,12 @@ def predict(run, k):
             )
             bar.update(len(numbers))
     if len(ensemble.members) > 1:
-        member.load("cpu")  # one after another: the next one may need the room
+        member.load("cpu")  # one after another: the next may need the memory
     return results
 
 
 def fit(run, predictions):
-    """Fit weights, statistics and helpful steps to all predictions and their truth, into `cfg.fit`."""
+    """Fit ensemble weights, statistics and helpful steps to all predictions, and write them to `cfg.fit`."""
     cfg, ensemble = run.cfg, run.ensemble
     numbers = np.arange(len(run.gathers))
     truth = run.truth(numbers)
@@ -206,7 +209,7 @@ def fit(run, predictions):
 
 
 def finish(run, predictions):
-    """The final maps: predictions joined, post-processed and refined; their errors and misfits."""
+    """Join, post-process and refine the predictions: final maps with their errors and misfits."""
     cfg, ensemble, n = run.cfg, run.ensemble, len(run.gathers)
     job = run.decided_by(MAPS, cfg) | {"networks": [p.path.stem for p in predictions]}
     job |= {"weights": ensemble.weights, "steps": run.steps, "statistics": run.fitted.get("statistics")}
@@ -215,7 +218,7 @@ def finish(run, predictions):
     fields += [*((name, "f8") for name in MISFITS), *((name, "?") for name in WARNINGS)]
     results, expected = run.work.results("final", job, n, fields), predictions[0]["gather"]
     results.forget((results["gather"] != expected).any(1))
-    batches, refiner = in_turn(range(n), None, cfg.batch_size), None
+    batches, refiner = in_order(range(n), None, cfg.batch_size), None
     if cfg.refine != "none":
         refiner = Refiner(cfg, results)
         for member in ensemble.members:
@@ -227,29 +230,29 @@ def finish(run, predictions):
     with run.bar("final", batches, disable=not run.needs_misfit) as bar:
         for numbers, seis, _ in gathers:
             families = ensemble.families(predictions, numbers)
-            maps, told = [ensemble.join(predictions, numbers).to(run.device)], {}
+            maps, more = [ensemble.join(predictions, numbers).to(run.device)], {}
             maps += run.processed(maps[0], families)
             if refiner:
-                vel, told["refined"] = refiner(run.model(families), numbers, seis, maps[-1], families)
+                vel, more["refined"] = refiner(run.model(families), numbers, seis, maps[-1], families)
                 maps.append(vel)
             vel = maps[-1].float().cpu().numpy()
             check_velocities(vel, [run.gathers[i] for i in numbers], f"{run.stages[-1]} gives")
             if run.needs_misfit:
-                told |= {name: v.cpu().numpy() for name, v in compare(seis, simulated(maps[-1])).items()}
-            results.put(numbers, vel=vel, errors=run.errors(maps, numbers), gather=expected[numbers], **told)
+                more |= {name: v.cpu().numpy() for name, v in compare(seis, simulated(maps[-1])).items()}
+            results.put(numbers, vel=vel, errors=run.errors(maps, numbers), gather=expected[numbers], **more)
             if run.needs_misfit:
-                misfits += told["misfit"].tolist()
+                misfits += more["misfit"].tolist()
                 bar.set_postfix(median_misfit=f"{np.median(misfits):.2g}")
             bar.update(len(numbers))
     return results
 
 
 def by_gain(run, predictions, refiner, job):
-    """All gathers, those first whose refining promises to gain most in its time."""
+    """The numbers of all gathers, those first for which refining promises the greatest gain per minute."""
     n, expected = len(run.gathers), predictions[0]["gather"]
     results = run.work.results("gain", job, n, [("gain", "f8"), GATHER_FIELDS[0]])
     results.forget((results["gather"] != expected).any(1))
-    batches = results.todo(in_turn(range(n), None, run.cfg.batch_size))
+    batches = results.todo(in_order(range(n), None, run.cfg.batch_size))
     with run.bar("gain", batches) as bar:
         for numbers, seis, digests in run.read(batches, expected):
             vel = run.ensemble.join(predictions, numbers).to(run.device)
@@ -261,7 +264,7 @@ def by_gain(run, predictions, refiner, job):
 
 
 def main(argv):
-    """Predict what --input holds; raise ValueError where it or the checkpoint is not named."""
+    """Predict the gathers in --input. Raises ValueError without --input or --ckpt."""
     cfg = parse(argv, INFER)
     for name in ("ckpt", "input"):
         if not getattr(cfg, name):

@@ -1,8 +1,8 @@
-"""Velocity in, velocity out: ensembles joined, the forerunner's five methods, rounding and snapping.
+"""Post-processing: velocity maps in, velocity maps out.
 
-Everything here works on maps (B, 1, Z, X) in m/s, and knows no gather and no network. The steps of
-`--post=` are the names in `STEPS`. Smoothing makes a good prediction worse: fit first (`--fit`), and let
-`--post=auto` use what helped.
+Everything here works on maps (B, 1, Z, X) in m/s, and needs neither gathers nor networks. `--post` takes the
+names of `STEPS`. Smoothing makes a good prediction worse: fit on validation data first (`--fit`), and let
+`--post=auto` use the steps that helped there.
 """
 
 import json
@@ -22,10 +22,10 @@ from utils import FAMILIES, V_MAX, V_MIN
 
 
 def fuse(maps, weights=None, how="mean"):
-    """K maps of each sample (K, B, 1, Z, X) into one (B, 1, Z, X): mean, median or adaptive.
+    """Join K maps of each sample, (K, B, 1, Z, X) -> (B, 1, Z, X), by their mean, median or adaptively.
 
-    weights: K shares, equal where None. The median is the weighted one: the least value that half of the
-    weight does not exceed, the mean of two where it splits evenly.
+    weights: K numbers, equal if None. The median is weighted: values up to it have half of the weight; where
+    the weight splits evenly between two values, it is their mean.
     """
     w = torch.tensor(weights or [1.0] * len(maps), dtype=torch.float64)
     w = (w / w.sum()).to(maps).view(-1, 1, 1, 1, 1)
@@ -42,24 +42,24 @@ def fuse(maps, weights=None, how="mean"):
 
 
 def adaptive_fusion(maps, weights=1.0, temperature=25.0, size=5):
-    """Attention over candidates (K, B, 1, Z, X) by local confidence -> (B, 1, Z, X).
+    """Join candidates (K, B, 1, Z, X) by local confidence -> (B, 1, Z, X).
 
-    A candidate is trusted where it agrees with the others' median: its logit is the negative mean absolute
-    difference in a window of `size` cells over `temperature` m/s.
+    A candidate counts more where it agrees with the median of all: its weight is a softmax of the negative
+    mean absolute deviation in a window of `size` cells, divided by `temperature` m/s.
     """
-    away = (maps - maps.median(0, keepdim=True).values).abs()
-    away = F.avg_pool2d(F.pad(away.flatten(0, 1), (size // 2,) * 4, mode="replicate"), size, 1)
-    attention = weights * torch.softmax(-away.view_as(maps) / temperature, 0)
+    deviation = (maps - maps.median(0, keepdim=True).values).abs()
+    deviation = F.avg_pool2d(F.pad(deviation.flatten(0, 1), (size // 2,) * 4, mode="replicate"), size, 1)
+    attention = weights * torch.softmax(-deviation.view_as(maps) / temperature, 0)
     return (attention * maps).sum(0) / attention.sum(0)
 
 
 def fit_weights(maps, truth, n_steps=400):
-    """Weights of K predictions that minimise the mean absolute error: non-negative, they sum to 1.
+    """Weights of K predictions that minimise the mean absolute error: K numbers >= 0 that sum to 1.
 
-    maps (K, B, 1, Z, X), truth (B, 1, Z, X) m/s -> list of K. Exponentiated gradient (Kivinen & Warmuth,
-    1997) stays on the simplex; the best weights met are kept, equal ones at the least.
+    maps: (K, B, 1, Z, X); truth: (B, 1, Z, X) m/s. Exponentiated gradient descent (Kivinen & Warmuth, 1997)
+    starts from equal weights and keeps to the simplex; the best weights on the way are returned.
     """
-    some = slice(None, None, max(1, truth.numel() // 500_000))  # as many cells tell as much as all
+    some = slice(None, None, max(1, truth.numel() // 500_000))  # half a million cells are enough
     p, t = maps.flatten(1)[:, some].double(), truth.flatten()[some].double()
     logits = torch.zeros(len(p), dtype=torch.float64)
     best = (math.inf, None)
@@ -73,14 +73,14 @@ def fit_weights(maps, truth, n_steps=400):
     return best[1]
 
 
-# ---------------------------------------------------------------- the forerunner's five methods
+# ---------------------------------------------------------------- corrections of any map
 
 
 def ensemble_simulation(vel, n=8, jitter=0.01, shift=1):
-    """Mean of `n` copies disturbed as if other networks had made them: many models simulated from one.
+    """Mean of `n` disturbed copies of each map, as if several networks had predicted it.
 
     Each copy is moved by up to `shift` cells and multiplied by a smooth random field of strength `jitter`.
-    The fields come in mirrored pairs: a mirrored map gives the mirrored result.
+    The fields come in mirrored pairs, so that a mirrored map gives the mirrored result.
     """
     generator = torch.Generator().manual_seed(0)
     fields = F.interpolate(torch.randn(n // 2, 1, 8, 8, generator=generator), vel.shape[-2:], mode="bicubic")
@@ -96,20 +96,20 @@ def ensemble_simulation(vel, n=8, jitter=0.01, shift=1):
 
 
 def fused_candidates(vel):
-    """`adaptive_fusion` of a map with its smoothed and median-filtered selves."""
+    """`adaptive_fusion` of each map with its smoothed and its median-filtered version."""
     padded = F.pad(vel, (1,) * 4, mode="replicate")
     median = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).median(4).values
     return adaptive_fusion(torch.stack([vel, gaussian(vel, 1.0), median]))
 
 
-N_BANDS, N_KNOTS = 7, 9  # of depth, and of predicted velocity
+N_BANDS, N_KNOTS = 7, 9  # bands of depth; knots of predicted velocity in each
 
 
 def fit_statistics(vel, truth):
-    """What a network gets wrong on average, from predictions and truth (N, 1, Z, X): a dict for JSON.
+    """Average errors of predictions (N, 1, Z, X), given the truth: a dictionary for JSON.
 
-    `bias`: median of truth − prediction in bands of depth by predicted velocity (knots at its quantiles);
-    `low`, `high`: the range of 99.8 % of the true velocities in each row.
+    `bias`: the median of truth − prediction in bands of depth, by predicted velocity (`knots`, at its
+    quantiles); `low`, `high`: the range of 99.8 % of the true velocities in each row.
     """
     knots, bias = [], []
     bands = zip(vel.tensor_split(N_BANDS, 2), truth.tensor_split(N_BANDS, 2), strict=True)
@@ -125,7 +125,7 @@ def fit_statistics(vel, truth):
 
 
 def statistical_correction(vel, statistics):
-    """Add the fitted bias by depth and velocity, linear between knots, and bring outliers into range."""
+    """Add the bias of `fit_statistics`, linear between knots, and clamp to the range of true velocities."""
     parts = []
     for part, knots, bias in zip(
         vel.tensor_split(N_BANDS, 2), *map(statistics.get, ("knots", "bias")), strict=True
@@ -140,17 +140,17 @@ def statistical_correction(vel, statistics):
 
 
 def frequency_filter(vel, cutoff=0.5):
-    """Gaussian low-pass of the map, continued by its mirror images: half is gone at `cutoff` × Nyquist."""
+    """Gaussian low-pass filter with mirrored edges; at `cutoff` × the Nyquist frequency half is left."""
     nz, nx = vel.shape[-2:]
     whole = torch.cat([vel, vel.flip(2)], 2)
-    whole = torch.cat([whole, whole.flip(3)], 3)  # periodic without a jump at the edges
+    whole = torch.cat([whole, whole.flip(3)], 3)  # periodic, without a jump at the edges
     kz, kx = torch.fft.fftfreq(2 * nz) * 2, torch.fft.rfftfreq(2 * nx) * 2
     gain = torch.exp2(-(kz[:, None] ** 2 + kx**2) / cutoff**2).to(vel)
     return torch.fft.irfft2(torch.fft.rfft2(whole) * gain, s=whole.shape[-2:])[..., :nz, :nx]
 
 
 def gaussian(vel, sigma=1.0):
-    """Gaussian smoothing of width `sigma` cells, edges repeated."""
+    """Gaussian smoothing with a standard deviation of `sigma` cells; edges are repeated."""
     half = math.ceil(3 * sigma)
     kernel = torch.exp(-(torch.arange(-half, half + 1).to(vel) ** 2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
@@ -159,7 +159,10 @@ def gaussian(vel, sigma=1.0):
 
 
 def bilateral(vel, sigma=1.5, sigma_vel=100.0, size=5):
-    """Smoothing that keeps edges: weights fall with distance and with velocity difference (Tomasi, 1998)."""
+    """Smooth but keep edges: weights fall with distance and with velocity difference.
+
+    sigma: cells; sigma_vel: m/s. Source: Tomasi & Manduchi (1998).
+    """
     half = size // 2
     padded = F.pad(vel, (half,) * 4, mode="replicate")
     nz, nx = vel.shape[-2:]
@@ -173,20 +176,20 @@ def bilateral(vel, sigma=1.5, sigma_vel=100.0, size=5):
     return total / weight
 
 
-# ---------------------------------------------------------------- what layered maps allow
+# ---------------------------------------------------------------- corrections of layered maps
 
 
 def flat_rows(vel):
-    """Each row its median: for maps that are known to be flat (`waveform.is_flat`)."""
+    """Give each row its median velocity: for maps known to be flat (`waves.misfit.is_flat`)."""
     return vel.median(3, keepdim=True).values.expand_as(vel).clone()
 
 
 def snap(vel, width=40.0, share=0.7):
-    """Give each cell the nearest of the map's own few velocities: (B, 1, Z, X) -> the same shape.
+    """Give each cell the nearest of the map's own few velocities.
 
-    The velocities are the peaks of the map's histogram smoothed over `width` m/s, each the median of its
-    cells. A map with less than `share` of its cells within `width` of a peak is not layered and is left
-    alone.
+    These are the peaks of the map's histogram, smoothed over `width` m/s, each replaced by the median of its
+    cells. A map with less than `share` of its cells within `width` of a peak is not layered and stays as it
+    is.
     """
     return torch.stack([_snap_one(v, width, share) for v in vel])
 
@@ -211,7 +214,7 @@ def _snap_one(vel, width, share):
     return torch.from_numpy(np.array(levels)[nearest]).to(vel).view_as(vel)
 
 
-# ---------------------------------------------------------------- chains
+# ---------------------------------------------------------------- the steps of --post
 
 FLAT = frozenset(("FlatVel_A", "FlatVel_B"))
 LAYERED = frozenset(FAMILIES) - {"Style_A", "Style_B"}
@@ -219,11 +222,11 @@ LAYERED = frozenset(FAMILIES) - {"Style_A", "Style_B"}
 
 @dataclass(frozen=True)
 class Step:
-    """A post-processing step: (B, 1, Z, X) -> (B, 1, Z, X) m/s; only `change` is required."""
+    """A post-processing step; only `change`, (B, 1, Z, X) -> (B, 1, Z, X) m/s, is required."""
 
-    change: Callable  # (vel), or (vel, statistics) where `is_fitted`
-    families: frozenset = frozenset((*FAMILIES, None))  # whose maps it changes; None = not recognised
-    is_fitted: bool = False  # needs the statistics that --fit writes
+    change: Callable  # called with (vel), or with (vel, statistics) if `is_fitted`
+    families: frozenset = frozenset((*FAMILIES, None))  # whose maps are changed; None = not recognised
+    is_fitted: bool = False  # whether it needs the statistics that --fit writes
 
 
 STEPS = {  # name in --post: the step
@@ -242,15 +245,15 @@ FITTED = tuple(name for name, step in STEPS.items() if step.is_fitted)
 
 
 def run_step(name, vel, families, statistics=None):
-    """One step on maps (B, 1, Z, X); families: the recognised one of each map, or None."""
+    """Apply a step to maps (B, 1, Z, X) m/s; families: the recognised family of each map, or None."""
     step = STEPS[name]
     changed = step.change(vel, statistics) if step.is_fitted else step.change(vel)
-    is_meant = torch.tensor([family in step.families for family in families], device=vel.device)
-    return torch.where(is_meant.view(-1, 1, 1, 1), changed, vel)
+    applies = torch.tensor([family in step.families for family in families], device=vel.device)
+    return torch.where(applies.view(-1, 1, 1, 1), changed, vel)
 
 
 def run_steps(names, vel, families, statistics=None):
-    """Maps after each of several steps [(B, 1, Z, X), …], the last within OpenFWI's range of velocities."""
+    """The maps after each step, [(B, 1, Z, X), ...], the last ones clamped to OpenFWI's velocities."""
     stages = []
     for name in names:
         vel = run_step(name, vel, families, statistics)
@@ -259,7 +262,7 @@ def run_steps(names, vel, families, statistics=None):
 
 
 def check_steps(names, is_fitted=True):
-    """Raise ValueError for a step that there is not, or that needs statistics where none are fitted."""
+    """Raise ValueError for an unknown step, and for one that needs statistics if none are fitted."""
     for name in names:
         if name not in STEPS:
             all_names = ", ".join(STEPS)
@@ -269,16 +272,17 @@ def check_steps(names, is_fitted=True):
 
 
 def helps(before, after):
-    """Whether errors (N,) fell beyond chance: the mean gain exceeds twice its standard error."""
+    """Whether errors (N,) fell by more than chance: by twice the standard error of their mean decrease."""
     gain = before - after
     return len(gain) > 1 and gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) and gain.mean() > 0
 
 
 def try_steps(vel, truth, families):
-    """Every step alone on predictions (N, 1, Z, X), and the chain of those that help.
+    """Try every step alone on predictions (N, 1, Z, X) m/s, and find the chain of steps that help.
 
-    Returns ({step: errors (N,)}, chain, errors of the chain). Statistics are judged on the half of the maps
-    that they were not fitted on. The chain grows by the step that helps most, while one does.
+    Returns ({step: errors (N,)}, names of the chain's steps, errors of the chain). The chain grows by the
+    step that helps most, while one does. Statistics are fitted on one half of the maps and judged on the
+    other.
     """
     half = torch.arange(len(vel)) % 2 == 0
 
@@ -304,7 +308,7 @@ def try_steps(vel, truth, families):
 
 
 def load_fit(path, n_members):
-    """Read what `--fit` wrote; raises ValueError where it is not that, or of other networks in number."""
+    """Read a file that `--fit` wrote. Raises ValueError for other files and other numbers of networks."""
     try:
         with open(path, encoding="utf-8") as file:
             fit = json.load(file)

@@ -36,8 +36,8 @@ N_FIGURE_ROWS = 5  # families in the figure of a validation
 def main(argv):
     """Train with the options `argv`; returns (run folder, best validation MAE in m/s).
 
-    As a program, on every card that there is; called from Python, in this process and on one. Raises
-    ValueError for what cannot work.
+    The program uses every card it finds; a call from Python stays in its own process and uses one. Raises
+    ValueError for options and data that cannot work.
     """
     cfg = adapted(parse(argv))
     folder, state = find_run(cfg)
@@ -55,15 +55,15 @@ def main(argv):
 
 
 def train(cfg, process, folder=None, state=None):
-    """Train as configured, or go on with the run in `folder` from its `state`.
+    """Train as configured, or continue the run in `folder` from its `state`.
 
-    Returns (run folder, None where nothing was to be trained; best validation MAE in m/s).
+    Returns (run folder, or None if nothing is trained; best validation MAE in m/s).
     """
     seed_all(cfg.seed)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    network = build_model(cfg)  # what does not fit shows before any long work
+    network = build_model(cfg)  # first, so that options that do not fit are refused before any long work
     train_items, val_items = prepare_data(cfg, process)
     loaders = make_loaders(cfg, process, train_items, val_items)
     reference = mean_map(train_items)
@@ -107,7 +107,7 @@ def train(cfg, process, folder=None, state=None):
 
 
 def fit(trainer, log, loaders, bad_steps, stop, reference, profiler):
-    """Train to the end, to early stopping, or until `stop`, and save what was reached."""
+    """Train until the end, early stopping or a signal, and save."""
     cfg, (train_loader, val_loader) = trainer.cfg, loaders
     while not stop.signal:
         epoch, within = divmod(trainer.step, trainer.steps_per_epoch)
@@ -126,7 +126,7 @@ def fit(trainer, log, loaders, bad_steps, stop, reference, profiler):
 
 
 def steps_of(trainer, loader):
-    """Yield, for each remaining step of the epoch, its batches, their item indices and the seconds waited."""
+    """Yield for each remaining step of the epoch its batches, their indices and the seconds waited."""
     sampler = loader.batch_sampler
     sampler.epoch, sampler.start = divmod(trainer.step, trainer.steps_per_epoch)
     batches, indices, data_s = [], [], 0.0
@@ -144,10 +144,12 @@ def steps_of(trainer, loader):
 
 
 def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
-    """The rest of the current epoch, or up to a stop."""
+    """Train the rest of the current epoch, or until a signal."""
     cfg = trainer.cfg
     for batches, indices, data_s in steps_of(trainer, loader):
-        torch.manual_seed(trainer.step_seed() + trainer.process.rank)  # drop path
+        torch.manual_seed(
+            trainer.step_seed() + trainer.process.rank
+        )  # for drop path, so that a resumed run repeats it
         losses, mae, norm = train_step(trainer, batches)
         bad_steps.add(norm, losses, batches, indices)
         log.add(mae, norm, data_s)
@@ -165,27 +167,27 @@ def train_epoch(trainer, loader, log, bad_steps, stop, profiler):
 
 
 def train_step(trainer, batches):
-    """One update from `accumulate` batches.
+    """Update the weights once, from `accumulate` batches.
 
-    Returns each sample's loss (B,), the mean absolute error in m/s and the gradient norm before clipping, all
-    on the device. A gradient that is not finite leaves the weights as they are, on every rank.
+    Returns the loss of each sample (B,), the mean absolute error in m/s and the gradient norm before
+    clipping, all on the device. If the gradient is not finite, the weights stay as they are, on every rank.
     """
     trainer.forward.train()
     statistics = trainer.batch_statistics()
     losses, errors = [], []
     for m, (seis, vel, family) in enumerate(batches):
-        is_last = m == len(batches) - 1  # only then do the ranks share their gradients
+        is_last = m == len(batches) - 1  # ranks share their gradients only once
         with contextlib.nullcontext() if is_last else trainer.no_sync():
             loss, error = trainer.losses(trainer.forward, seis, vel, family)
             mean = loss.mean() / len(batches)
-            # a loss that is not finite must make the shared gradient so: then all ranks skip the step
+            # a loss that is not finite must spoil the shared gradient, so that all ranks skip the step
             mean = mean * torch.where(mean.isfinite(), 1.0, math.nan)
             trainer.scaler.scale(mean).backward()
         losses.append(loss.detach())
         errors.append(error)
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), trainer.cfg.clip_norm or math.inf)
-    trainer.scaler.step(trainer.optimizer)  # skipped where a gradient is not finite
+    trainer.scaler.step(trainer.optimizer)  # does nothing if a gradient is not finite
     trainer.scaler.update(None if trainer.dtype is torch.float16 else 1.0)
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.share_statistics(statistics, keep=norm.isfinite())
@@ -196,7 +198,7 @@ def train_step(trainer, batches):
 
 
 def finish_epoch(trainer, log, val_loader, reference):
-    """Validate the averaged weights and print the table; write checkpoints, then metrics and a figure."""
+    """Validate the averaged weights, print the table, and write checkpoints, metrics and a figure."""
     process, folder = trainer.process, log.folder
     score, mean_score, rows = validate(
         trainer.ema.module, val_loader, process, reference, trainer.autocast, trainer.cfg.mode
@@ -215,9 +217,9 @@ def finish_epoch(trainer, log, val_loader, reference):
 
 @torch.no_grad()
 def validate(network, loader, process, reference, autocast, mode="full"):
-    """Score `network`, fed in its input mode, and the constant map `reference` per sample, over all ranks.
+    """Score `network`, and the constant map `reference` (1, Z, X) m/s, over the samples of all ranks.
 
-    Returns (score, reference's score, figure rows: the first sample of each family on this rank).
+    Returns (score, score of the reference, figure rows: the first sample of some families on this rank).
     """
     network.eval()
     score, mean_score, rows = Score(), Score(), {}

@@ -1,4 +1,4 @@
-"""The networks that predict together: loaded from checkpoints of any kind, and their weights."""
+"""The networks that predict together: loaded from checkpoints of any origin, and weighted."""
 
 import copy
 import math
@@ -17,14 +17,15 @@ from postprocess import fuse
 from utils import AUTOCAST, FAMILIES, pick_precision
 from waves.misfit import is_flat
 
-FLAT = FAMILIES.index("FlatVel_B")  # what a gather above flat layers is taken for: B asks less of them than A
+# The family of a gather above flat layers: in B velocities need not increase with depth, which covers A too
+FLAT = FAMILIES.index("FlatVel_B")
 
 
 class Member:
-    """A checkpoint's network; a call takes its own mode's gathers and gives maps (B, 1, 70, 70) m/s.
+    """The network of a checkpoint: called with gathers in its input mode, it gives maps (B, 1, 70, 70) m/s.
 
-    The checkpoint brings its network's options; a bare state dict's come from a `.json` of its name beside
-    it, or from the command line. Raises ValueError where they do not fit.
+    The checkpoint brings the network's options. Those of a bare state dict come from a `.json` file of the
+    same name next to it, or from the command line. Raises ValueError if they do not fit.
     """
 
     def __init__(self, cfg, path, device):
@@ -32,7 +33,9 @@ class Member:
         mine = copy.copy(cfg)
         mine.ckpt = str(path)
         if "," in cfg.ckpt and "cfg" in checkpoint:
-            mine.given = frozenset()  # among several, the command line describes those that bring no options
+            mine.given = (
+                frozenset()
+            )  # of several checkpoints, the command line describes those without options of their own
         self.cfg = network_config(mine, checkpoint)
         self.network = build_model(self.cfg).eval().requires_grad_(False)
         load_weights(self.network, averaged_weights(checkpoint), path)
@@ -43,7 +46,7 @@ class Member:
             self.forward = torch.compile(self.network, mode=cfg.compile)
 
     def load(self, device=None):
-        """Bring the network to a device, its own by default."""
+        """Move the network to a device, by default the one it predicts on."""
         self.network.to(device or self.device)
         return self
 
@@ -57,7 +60,10 @@ class Member:
 
     @torch.no_grad()
     def families(self, seis):
-        """Full gathers -> (B,) indices of FAMILIES: by the classifier head, else FLAT or -1 by symmetry."""
+        """Full gathers (B, 5, 1000, 70) -> indices of FAMILIES (B,), -1 = unknown.
+
+        From the network's classifier if it has one, else FLAT where the gather is its own mirror image.
+        """
         if not self.cfg.classify_family:
             return torch.where(is_flat(seis), FLAT, -1)
         with self._autocast():
@@ -65,17 +71,17 @@ class Member:
 
 
 def checkpoint_paths(words):
-    """The paths that --ckpt names, divided by commas."""
+    """The paths in --ckpt, which are separated by commas."""
     return [Path(word) for word in words.split(",") if word]
 
 
 class Ensemble:
-    """Networks that predict together: each one's views are joined, then the networks' maps by `weights`."""
+    """Networks that predict together: the views of each are joined, then the networks' maps by `weights`."""
 
     def __init__(self, cfg, device, fitted_weights=None):
         paths = checkpoint_paths(cfg.ckpt)
         self.views, self.combine = make_views(cfg.tta), cfg.combine
-        self.weights = shares(cfg.ensemble_weights, fitted_weights, len(paths))
+        self.weights = normalised_weights(cfg.ensemble_weights, fitted_weights, len(paths))
         self.members = [Member(cfg, path, device) for path in paths]
 
     def predict(self, seis):
@@ -84,20 +90,23 @@ class Ensemble:
         return fuse(torch.stack(maps), self.weights, self.combine)
 
     def join(self, predictions, numbers):
-        """The maps of some gathers (B, 1, 70, 70), joined from the results kept of each network."""
+        """Join the kept results of each network into maps of the gathers `numbers`: (B, 1, 70, 70) m/s."""
         maps = torch.stack([torch.from_numpy(p["vel"][numbers].astype(np.float32)) for p in predictions])
         return fuse(maps, self.weights, self.combine)
 
     def families(self, predictions, numbers=slice(None)):
-        """The families recognised by the first network that tells, a name or None for each gather."""
+        """The family of each gather, a name or None, from the first network that recognises one."""
         found = predictions[0]["family"][numbers]
         for p in predictions[1:]:
             found = np.where(found < 0, p["family"][numbers], found)
         return [FAMILIES[i] if i >= 0 else None for i in found]
 
 
-def shares(given, fitted, n):
-    """The checkpoints' weights, normalised: given, fitted, or equal; ValueError where they are no shares."""
+def normalised_weights(given, fitted, n):
+    """Weights of n checkpoints that sum to 1: those given, else fitted, else equal.
+
+    Raises ValueError for another number of weights, negative ones, or none above 0.
+    """
     weights = given or fitted or (1.0,) * n
     if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise ValueError(

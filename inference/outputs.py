@@ -1,4 +1,4 @@
-"""All that `infer.py` writes when the maps are final: the submission, then what was asked for beside it."""
+"""What `infer.py` writes once the maps are final: the submission, and whatever else was asked for."""
 
 import functools
 import json
@@ -19,8 +19,8 @@ from utils import FAMILIES, write_atomic
 from waves.misfit import MISFITS, simulated
 
 
-def beside(cfg, ending):
-    """A file beside the submission: `<out without .csv>.<ending>`."""
+def path_next_to_out(cfg, ending):
+    """The path `<out without .csv>.<ending>`."""
     return Path(cfg.out).with_suffix(f".{ending}")
 
 
@@ -28,16 +28,16 @@ def beside(cfg, ending):
 
 
 def output_folders(cfg):
-    """The folders that are written to."""
+    """The folders into which files are written."""
     files = [Path(file).parent for file in (cfg.out, cfg.fit) if file]
     return [*files, *(Path(folder) for folder in (cfg.save_maps, cfg.figures, cfg.pseudo) if folder)]
 
 
 def _output_files(cfg, oids):
-    """(option, path) of all files that may be written, but for new ones in an empty folder."""
+    """(option, path) of every file that may be written, except new files in an empty folder."""
     yield "out", Path(cfg.out)
     for ending in ("misfit.csv", "trace.jsonl", "worst.png"):
-        yield "out", beside(cfg, ending)
+        yield "out", path_next_to_out(cfg, ending)
     if cfg.fit:
         yield "fit", Path(cfg.fit)
     for oid in oids if cfg.save_maps else ():
@@ -47,13 +47,13 @@ def _output_files(cfg, oids):
 
 
 def _identity(path):
-    """What two names of one file share, links of either kind resolved."""
+    """Device and inode of a file: equal for all names of one file, hard and symbolic links included."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def check_outputs(cfg, gathers, truths):
-    """Raise ValueError where an output would lie on an input, or be taken for one the next time."""
+    """Raise ValueError if an output would overwrite an input, or would be read as an input next time."""
     folders = [Path(root).resolve() for root in (cfg.input, cfg.truth) if root and Path(root).is_dir()]
     for name in ("save_maps", "pseudo"):
         place = Path(getattr(cfg, name) or os.devnull).resolve()
@@ -71,7 +71,7 @@ def check_outputs(cfg, gathers, truths):
         if work in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f"{folder}: inputs lie in {work}, where results are kept; give another --out")
     read, written = {_identity(path) for path in inputs if path.exists()}, {}
-    resolved = functools.cache(Path.resolve)  # there may be very many files in a folder
+    resolved = functools.cache(Path.resolve)  # a folder may hold very many files
     for option, path in _output_files(cfg, [gather.oid for gather in gathers]):
         if path.exists() and _identity(path) in read:
             raise ValueError(f"--{option}: {path} is an input and would be overwritten; give another path")
@@ -84,7 +84,7 @@ def check_outputs(cfg, gathers, truths):
 
 
 def write_outputs(run, predictions, results):
-    """The submission and all that was asked for beside it; returns the score where truth is given."""
+    """Write the submission and all other outputs; return the score, {} without --truth."""
     cfg, oids = run.cfg, [gather.oid for gather in run.gathers]
     errors = results["errors"][:, -1] if run.truths else None
     recognised = run.ensemble.families(predictions)
@@ -96,9 +96,9 @@ def write_outputs(run, predictions, results):
                 np.save(file, vel)
             run.stop.check()
     if cfg.refine != "none":
-        write_traces(beside(cfg, "trace.jsonl"), oids, results)
+        write_traces(path_next_to_out(cfg, "trace.jsonl"), oids, results)
     if cfg.misfit or cfg.figures or cfg.pseudo:
-        write_misfits(beside(cfg, "misfit.csv"), oids, results, families, errors)
+        write_misfits(path_next_to_out(cfg, "misfit.csv"), oids, results, families, errors)
         print_warnings(oids, results)
         print_misfits(results, errors)
     if cfg.figures:
@@ -107,7 +107,7 @@ def write_outputs(run, predictions, results):
         worst = np.argsort(-results["log_misfit"], kind="stable")[: cfg.misfit].tolist()
         for i in worst:
             print(f"do not trust {oids[i]}: log misfit {results['log_misfit'][i]:.3f}")
-        draw(beside(cfg, "worst.png"), worst, run, results)
+        draw(path_next_to_out(cfg, "worst.png"), worst, run, results)
     if cfg.pseudo:
         good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
         names = [recognised[i] or cfg.pseudo_family for i in good]
@@ -118,14 +118,14 @@ def write_outputs(run, predictions, results):
 
 
 def write_traces(path, oids, results):
-    """What the refining method told of each gather, a line of JSON each."""
-    notes = {note.pop("number"): note for note in results.notes()}  # the last one of each
+    """Write what the refining method reports of each gather, one line of JSON each."""
+    notes = {note.pop("number"): note for note in results.notes()}  # the last note of each gather
     with write_atomic(path, "w") as file:
         file.writelines(json.dumps({"oid": oid, **notes[i]}) + "\n" for i, oid in enumerate(oids))
 
 
 def print_scores(run, predictions, results, families):
-    """Tables of errors: of each network's views, after each stage, by family; returns the last one."""
+    """Print errors of each network's views, after each stage, and by family; return the last table."""
     if len(run.ensemble.views) > 1 or len(predictions) > 1:
         for member, p in zip(run.ensemble.members, predictions, strict=True):
             views = {view.name: p["errors"][:, k] for k, view in enumerate(run.ensemble.views)}
@@ -142,7 +142,7 @@ def print_scores(run, predictions, results, families):
 
 
 def draw(path, numbers, run, results):
-    """`prediction_figure` of the gathers `numbers`."""
+    """Draw the `prediction_figure` of the gathers `numbers`."""
     rows = []
     for i in numbers:
         vel = np.array(results["vel"][i])
@@ -154,14 +154,15 @@ def draw(path, numbers, run, results):
 
 
 def true_map(run, i):
-    """The true map of a gather (70, 70), or None."""
+    """The true map (70, 70) of gather i, or None without --truth."""
     return run.truth([i])[0, 0].numpy() if run.truths else None
 
 
 def draw_figures(run, results, families, errors):
-    """Best, median and worst prediction of each family: by error where it is known, else by log misfit.
+    """Draw the best, median and worst prediction of each family, by error if known, else by log misfit.
 
-    Of those that were refined in steps, the steps too; and each misfit beside the error.
+    If a prediction was refined in steps, these are drawn too. With errors, each kind of misfit is plotted
+    against them.
     """
     folder, names = Path(run.cfg.figures), [family or "unknown" for family in families]
     for family, chosen in best_median_worst(names, results["log_misfit"] if errors is None else errors):

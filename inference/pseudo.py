@@ -1,4 +1,4 @@
-"""Predictions as training data: each with the gather the wave equation gives it, an exact pair."""
+"""Predictions as training data: each map with the gather simulated from it is an exact pair."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ PER_FILE = 500  # samples, as in OpenFWI
 
 
 def check_root(root):
-    """Raise ValueError where a folder holds .npy files: they would be taken for pseudo-labels."""
+    """Raise ValueError if a folder already holds .npy files: they would be taken for pseudo-labels."""
     if found := next(Path(root).rglob("*.npy"), None):
         raise ValueError(f"{root}: holds {found.name} already; give an empty folder by --pseudo=DIR")
 
 
 def pair_paths(root, family, number):
-    """(seismic, velocity) paths of a family's file `number`, from 0, named as in OpenFWI."""
+    """(seismic, velocity) paths of a family's file number 0, 1, ..., named as in OpenFWI."""
     if "Fault" in family:
         layers = 2 if family.endswith("A") else 6
         return tuple(Path(root, family, f"{what}{layers}_1_{number}.npy") for what in ("seis", "vel"))
@@ -27,11 +27,11 @@ def pair_paths(root, family, number):
 
 
 def write_pseudo(root, maps, families, batch_size=16, device="cpu", pause=lambda: None):
-    """Write maps (N, 1, 70, 70) float32 m/s and their simulated gathers as a root for training.
+    """Write maps (N, 1, 70, 70) float32 m/s and their simulated gathers as a data folder for training.
 
-    families: a name each. Each file appears whole, a pair's seismic one last; pairs that are there, of an
-    interrupted call with the same maps, are left alone. `pause` is called after each batch and may raise.
-    Raises ValueError where another process is writing there, or pairs of other maps lie there.
+    families: a name for each map. A file appears only when complete, the seismic file of a pair last. Pairs
+    left by an interrupted call with the same maps are kept. `pause` is called after each batch and may raise.
+    Raises ValueError if another process is writing into the folder, or if it holds pairs of other maps.
     """
     with sole_use(root):
         for seis_path, vel_path, vel in _pairs(root, maps, families):

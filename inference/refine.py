@@ -1,4 +1,4 @@
-"""Refining methods: predictions improved against the observed gather. A new one is an entry in `REFINE`."""
+"""Refining methods improve predictions against the observed gather. A new one is an entry in `REFINE`."""
 
 import dataclasses
 import math
@@ -9,15 +9,16 @@ from inversion.feedback import feedback
 from inversion.invert import expected_gain, invert, is_searched
 
 
-def in_turn(numbers, families, size):
-    """Gathers in their order, `size` together."""
+def in_order(numbers, families, size):
+    """Batches of `size` gathers, in the order of `numbers`."""
     return [numbers[k : k + size] for k in range(0, len(numbers), size)]
 
 
 def inversion_batches(numbers, families, size):
-    """Gathers in their order: each that is searched alone, so that it is kept once its minutes are over.
+    """Batches for `invert`, in the order of `numbers`.
 
-    Those that are only fitted cell by cell are fitted `size` together, in the place of the first.
+    A gather that is searched in few unknowns comes alone, so that its result is kept once its minutes are
+    over. Gathers that are only fitted cell by cell form batches of `size`, in the place of the first of them.
     """
     batches, together = [], []
     for i in numbers:
@@ -32,11 +33,13 @@ def inversion_batches(numbers, families, size):
 
 
 def refine_feedback(model, seis, vel, families, cfg):
+    """See `Method.refine`."""
     maps, misfits = feedback(model, seis, vel, cfg.refine_rounds, cfg.refine_step)
     return maps, [{"misfits": [float(f"{m:.6g}") for m in row]} for row in misfits.T.tolist()]
 
 
 def refine_inversion(model, seis, vel, families, cfg):
+    """See `Method.refine`."""
     return invert(seis, vel, families, cfg.refine_minutes, cfg.refine_iterations)
 
 
@@ -44,36 +47,37 @@ def refine_inversion(model, seis, vel, families, cfg):
 class Method:
     """A refining method; only `refine` is required.
 
-    refine(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg) -> (maps, a dict
-    for JSON each). `model` is the whole prediction as a function of gathers. Of the dicts, "seconds" count
-    towards --refine_budget, and "steps", maps on the way [(what, (70, 70) array), …], are drawn.
+    refine(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg) returns the refined
+    maps and a report for each, a dictionary for JSON. `model` is the whole prediction as a function of
+    gathers. A report's "seconds" count towards --refine_budget, and its "steps", maps on the way [(what, (70,
+    70) array), ...], are drawn.
     """
 
     refine: Callable
-    batches: Callable = in_turn  # (numbers, families of all, size) -> [[number, …], …]
-    size_without_cuda: int | None = None  # gathers refined together elsewhere; None = --batch_size
-    # (seis, vel) -> (B,), what a minute may gain: --refine_budget is for methods that tell, greatest first
+    batches: Callable = in_order  # (numbers, families of all gathers, size) -> [[number, ...], ...]
+    size_without_cuda: int | None = None  # gathers refined together without CUDA; None = --batch_size
+    # (seis, vel) -> (B,), the gain expected per minute. With it, --refine_budget goes to the greatest first
     gain: Callable | None = None
 
 
 REFINE = {
     "feedback": Method(refine_feedback),
-    # a CPU gains a quarter at most by batches, and an interruption would lose more
+    # on a CPU batches save a quarter of the time at most, and an interruption would lose more
     "inversion": Method(refine_inversion, inversion_batches, size_without_cuda=1, gain=expected_gain),
 }
 
 
 def check_method(name):
-    """Raise ValueError for a refining method that there is not."""
+    """Raise ValueError for the name of an unknown refining method."""
     if name not in ("none", *REFINE):
         raise ValueError(f"--refine={name}: expected one of none, {', '.join(REFINE)}")
 
 
 class Refiner:
-    """A method at work on the gathers of `results`, within --refine_budget minutes for all; 0 = no limit.
+    """Refine the gathers of `results` by --refine, within --refine_budget minutes for all; 0 = no limit.
 
-    Notes what the method tells of each gather in `results`. Gathers that had less time than they wanted, for
-    the budget was spent, are to be done again when there is some of it now.
+    The method's reports are noted in `results`. Gathers that had too little time because the budget was spent
+    are done again if there is more budget now.
     """
 
     def __init__(self, cfg, results):
@@ -85,15 +89,16 @@ class Refiner:
 
     @property
     def minutes_left(self):
+        """Minutes left of the budget."""
         return self.cfg.refine_budget - self.spent_s / 60 if self.has_budget else math.inf
 
     def batches(self, numbers, families, device):
-        """Gathers in the order of `numbers`, as the method takes them together; families of all gathers."""
+        """The gathers `numbers` in batches that the method refines together; families: of all gathers."""
         size = self.method.size_without_cuda if device.type != "cuda" else None
         return self.method.batches(numbers, families, size or self.cfg.batch_size)
 
     def __call__(self, model, numbers, seis, vel, families):
-        """Refine maps: (maps, whether each had the time it wanted). Once the budget is spent they stay."""
+        """Refine maps: (maps, whether each had enough time). With the budget spent, they stay unchanged."""
         minutes = min(self.cfg.refine_minutes, self.minutes_left / len(numbers))
         if self.minutes_left > 0:
             cfg = dataclasses.replace(self.cfg, refine_minutes=minutes)

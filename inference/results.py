@@ -1,4 +1,4 @@
-"""Results kept between runs, so that an interrupted prediction goes on."""
+"""Results kept on disk, so that an interrupted prediction continues where it stopped."""
 
 import contextlib
 import errno
@@ -16,6 +16,7 @@ from utils import read_lines, sole_use, write_atomic
 
 
 def not_written(path, error):
+    """The OSError to raise when a result could not be written."""
     return OSError(
         f"{path}: not written ({error.strerror}); free some space and give the same command again: "
         "what is done is kept"
@@ -23,18 +24,18 @@ def not_written(path, error):
 
 
 class Results:
-    """One record a gather in a file, so that an interrupted run goes on: fields by name, put once.
+    """A file with a record for each gather, whose fields are read by name and written once.
 
-    A record's last byte says that it is complete, and is written with it.
+    The last byte of a record says that it is complete, and is written together with it.
     """
 
     def __init__(self, path, n, fields):
-        """fields: (name, dtype) or (name, dtype, shape) each; `n` records."""
+        """Open or make a file of n records; fields: (name, dtype) or (name, dtype, shape) each."""
         self.path, self.dtype = Path(path), np.dtype([*fields, ("done", "u1")])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         size = n * self.dtype.itemsize
         with open(self.path, "ab") as file:
-            file.truncate(size)  # a hole reads as zeros: nothing is done
+            file.truncate(size)  # the new part reads as zeros: nothing is done
         self.records = np.memmap(self.path, self.dtype, "r", shape=(n,))
 
     def __len__(self):
@@ -44,7 +45,7 @@ class Results:
         return self.records[name]
 
     def put(self, numbers, **fields):
-        """Write the records `numbers`; each field's values have one row a number."""
+        """Write the records `numbers`; the values of each field have a row for each number."""
         records = np.zeros(len(numbers), self.dtype)
         for name, values in fields.items():
             records[name] = values
@@ -52,7 +53,7 @@ class Results:
         self._write(numbers, records)
 
     def forget(self, where):
-        """Of the records where the mask (n,) is true, make those that are done ones to be done again."""
+        """Mark the records where the mask (n,) is true as not done."""
         numbers = np.flatnonzero(where & (self["done"] == 1)).tolist()
         self._write(numbers, np.zeros(len(numbers), self.dtype))
 
@@ -67,52 +68,53 @@ class Results:
             raise not_written(self.path, error) from None
 
     def todo(self, batches):
-        """Those of the batches [[number, …], …] that hold a record to be done.
+        """The batches, of [[number, ...], ...], in which a record is not done.
 
-        Whole batches, so that a resumed run computes the same batches as one that nothing disturbs.
+        Batches stay whole, so that a resumed run computes the same batches as an undisturbed one.
         """
         done = self.records["done"]
         return [numbers for numbers in batches if not done[numbers].all()]
 
-    # what is told of a record beside its fields
+    # notes and maps that belong to a record, in files next to this one
 
     def note(self, numbers, traces):
-        """Keep a dict for JSON of each record: a line each, of which the last one of a number counts."""
-        with open(self._beside("trace.jsonl"), "a", encoding="utf-8") as file:
+        """Keep a dictionary for JSON of each record. The last one noted for a number counts."""
+        with open(self._next_to("trace.jsonl"), "a", encoding="utf-8") as file:
             for number, trace in zip(numbers, traces, strict=True):
-                # begins a line, for the last one may have been cut short
+                # a line break first, since the last line may have been cut short
                 file.write("\n" + json.dumps({"number": number, **trace}))
 
     def notes(self):
-        """Every dict that was noted, in order, each with its record's "number"."""
-        for line in read_lines(self._beside("trace.jsonl")):
+        """Every dictionary noted so far, in order, each with the "number" of its record."""
+        for line in read_lines(self._next_to("trace.jsonl")):
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
     def keep_steps(self, number, steps):
-        """Keep maps on the way to a result, [(what, (70, 70) map), …]."""
-        with write_atomic(self._beside(f"steps{number}.npz")) as file:
+        """Keep the maps on the way to a result, [(what, (70, 70) map), ...]."""
+        with write_atomic(self._next_to(f"steps{number}.npz")) as file:
             np.savez(file, **{f"{k:03} {what}": vel for k, (what, vel) in enumerate(steps)})
 
     def steps_of(self, number):
-        """What `keep_steps` has kept of a record; nothing where it was not called."""
-        path = self._beside(f"steps{number}.npz")
+        """The steps kept for a record, or an empty list."""
+        path = self._next_to(f"steps{number}.npz")
         if not path.exists():
             return []
         with np.load(path, allow_pickle=False) as file:
             return [(name[4:], file[name]) for name in file]
 
-    def _beside(self, name):
+    def _next_to(self, name):
+        """The path of this file with another ending."""
         return self.path.with_suffix(f".{name}")
 
 
 class Work:
-    """The folder `<out>.work/`: results of an unfinished run, there until its output is complete.
+    """The folder `<out>.work/`, which holds the results of an unfinished run until its output is complete.
 
-    Used as a context, it belongs to one process at a time; ValueError names the one that has it.
+    Use it in a `with`: it then belongs to this process alone. Raises ValueError if another process has it.
     """
 
-    OURS = re.compile(r"[a-z]+\d*-[0-9a-f]{16}\..+")
+    RESULT_NAME = re.compile(r"[a-z]+\d*-[0-9a-f]{16}\..+")
 
     def __init__(self, out):
         self.folder, self.held = Path(f"{out}.work"), contextlib.ExitStack()
@@ -122,14 +124,14 @@ class Work:
         return self
 
     def __exit__(self, *error):
-        if not any(self.OURS.fullmatch(path.name) for path in self.folder.iterdir()):  # nothing is kept
+        if not any(self.RESULT_NAME.fullmatch(path.name) for path in self.folder.iterdir()):
             (self.folder / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others' files lie there
+            with contextlib.suppress(OSError):  # other files lie there
                 self.folder.rmdir()
         self.held.close()
 
     def results(self, name, job, n, fields):
-        """Results kept under a name for a job, {what decides them: value}; another job's are dropped."""
+        """Results kept under a name for a job, {what decides them: value}; another job's are removed."""
         path = self.folder / f"{name}-{digest(job)}.bin"
         if path.exists():
             results = Results(path, n, fields)
@@ -142,17 +144,17 @@ class Work:
         return Results(path, n, fields)
 
     def remove(self):
-        """Remove every result, once the output is complete; nothing else that may lie there."""
+        """Remove all results, once the output is complete, and no other file that may lie there."""
         for path in self.folder.iterdir():
-            if self.OURS.fullmatch(path.name):
+            if self.RESULT_NAME.fullmatch(path.name):
                 path.unlink()
 
 
-# ---------------------------------------------------------------- the same or not
+# ---------------------------------------------------------------- have inputs changed?
 
 
 def digest(job):
-    """A short hash of what `json` can write."""
+    """A short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -161,19 +163,19 @@ def fingerprint(path):
     return sha256(path)[:16]
 
 
-# of a record: which gather it was made from, by contents, and the stamp of its file
+# fields of a record: a hash of the gather it was made from, and the stamp of the gather's file
 GATHER_FIELDS = [("gather", "u1", (DIGEST_BYTES,)), ("stamp", "i8", (3,))]
 
 
 def forget_changed(results, gathers):
-    """Forget the records whose gathers are others now than those they were made from.
+    """Forget the records whose gathers have changed since.
 
-    Gathers in files of the same size and times are taken for the same; all others are read again.
+    A file of the same size and times is taken to be unchanged; gathers of all other files are read again.
     """
     stamps = np.array([gather.stamp for gather in gathers])
-    is_sure = (results["stamp"] == stamps).all(1) & (stamps[:, 0] > 0)
+    unchanged = (results["stamp"] == stamps).all(1) & (stamps[:, 0] > 0)
     dataset, changed = GatherDataset(gathers), np.zeros(len(gathers), bool)
-    for i in np.flatnonzero((results["done"] == 1) & ~is_sure).tolist():
+    for i in np.flatnonzero((results["done"] == 1) & ~unchanged).tolist():
         changed[i] = (dataset.read_batch([i])[1].numpy() != results["gather"][i]).any()
     if changed.any():
         print(f"{gathers[changed.argmax()]}: another gather than before; predicting {changed.sum()} again")

@@ -1,4 +1,4 @@
-"""The competition's CSV, and what may be written into it."""
+"""The competition's CSV, and the check of the velocities written into it."""
 
 import numpy as np
 
@@ -6,18 +6,18 @@ from inference.results import not_written
 from openfwi.npy import MAP_SHAPE
 from utils import write_atomic
 
-MAP_FIELD = ("vel", "f4", MAP_SHAPE)  # of a result
+MAP_FIELD = ("vel", "f4", MAP_SHAPE)  # the field of a result that holds its map
 
 HEADER = "oid_ypos," + ",".join(f"x_{x}" for x in range(1, 70, 2)) + "\n"
 
-# every number 0.00 … 9999.99 is written with as many characters: ",dddd.dd"
+# every number from 0.00 to 9999.99 takes the same number of characters: ",dddd.dd"
 _DIGITS = np.array([1000, 100, 10, 1], np.int64)
 
 
 def check_velocities(maps, names, what):
-    """Raise ValueError for the first of maps, an array (B, …), that holds anything but velocities in m/s.
+    """Raise ValueError for the first of the maps, an array (B, ...), with a value that is no velocity in m/s.
 
-    names: of the gathers they belong to. what: says where they come from, as "best.pt predicts".
+    names: of the maps' gathers; what: where the maps come from, for the message, as "best.pt predicts".
     """
     maps = maps.reshape(len(maps), -1)
     bad = ~((maps > 0) & (maps < 9999.99)).all(1)  # NaN is neither
@@ -31,9 +31,9 @@ def check_velocities(maps, names, what):
 
 
 def submission_rows(oid, vel):
-    """The 70 CSV rows of one map, as bytes: (70, 70) m/s, odd columns, two decimals.
+    """The 70 CSV rows of a map (70, 70) m/s, as bytes: odd columns, two decimals.
 
-    Raises ValueError, naming the id, for what is no velocity.
+    Raises ValueError, which names the id, for values that are no velocities.
     """
     check_velocities(vel[None], [oid], "its map holds")
     hundredths = np.rint(vel[:, 1::2].astype(np.float64) * 100).astype(np.int64)
@@ -48,7 +48,7 @@ def submission_rows(oid, vel):
 
 
 def write_submission(path, oids, maps):
-    """Write the competition's CSV, whole or not at all: maps (N, 70, 70) m/s, an array or a memory map."""
+    """Write the competition's CSV, complete or not at all: maps (N, 70, 70) m/s, an array or memory map."""
     try:
         with write_atomic(path) as file:
             file.write(HEADER.encode())

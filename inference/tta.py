@@ -1,11 +1,12 @@
-"""Test-time augmentation: views of a gather whose predictions, brought back, estimate the same map.
+"""Test-time augmentation: several views of a gather, whose predictions estimate the same map.
 
-A view is a change of the gather, the change of the map that undoes it, and a weight. The plain gather always
-takes part. `mirror` reverses the survey: as accurate as the plain view (only the centre source has no mirror
-image) with errors of its own, hence the plain view's weight. `noise` adds white noise 60 dB below the
-gather's rms (at 40 dB it drowns the echoes: a network lost 40 %), `scale` changes amplitudes by 2 %,
-`stretch` the time axis by 1 %: v·c with t/c is the same experiment but for the wavelet, so the map is divided
-by c again. These three repeat most of the plain view's errors and add some of their own: an eighth each.
+A view changes the gather, undoes the change in the predicted map, and has a weight. The plain gather always
+takes part. `mirror` reverses the survey. It is as accurate as the plain view, since only the centre source
+has no mirror image, and its errors are its own; hence it has the same weight. `noise` adds white noise 60 dB
+below the gather's rms; at 40 dB noise drowned the echoes, and a network lost 40 %. `scale` changes amplitudes
+by 2 %. `stretch` changes the time axis by 1 %: velocities times c and times divided by c are the same
+experiment, except for the wavelet, so the map is divided by c again. These three repeat most of the plain
+view's errors and add some of their own, so that each view has an eighth of its weight.
 """
 
 from collections.abc import Callable
@@ -22,32 +23,32 @@ from utils import V_MAX, V_MIN, mirror_survey
 
 @dataclass(frozen=True)
 class View:
-    """`there` changes gathers (B, S, T, R), `back` takes the maps (B, 1, Z, X) seen in them home."""
+    """`change` is applied to gathers (B, S, T, R), `undo` to the maps (B, 1, Z, X) predicted from them."""
 
     name: str
     weight: float
-    there: Callable
-    back: Callable
+    change: Callable
+    undo: Callable
 
 
 def add_noise(seis, seed, snr_db=60.0):
-    """White noise at `snr_db` below each gather's rms; the same pattern for every gather of a seed."""
+    """Add white noise `snr_db` below each gather's rms: (B, S, T, R), the same pattern for all of a seed."""
     noise = torch.randn(seis.shape[1:], generator=torch.Generator().manual_seed(seed)).to(seis)
     return seis + noise * seis.square().mean((1, 2, 3), keepdim=True).sqrt() * 10 ** (-snr_db / 20)
 
 
-DELAY = 73  # samples from the start to the wavelet's centre: travel times count from there
+DELAY = 73  # samples from the start to the wavelet's centre, from which travel times count
 
 
 def stretch_time(seis, factor):
-    """The gather of the same map with all velocities times `factor`, up to the wavelet's width.
+    """Gathers (B, S, T, R) as if all velocities were multiplied by `factor`, except for the wavelet's width.
 
-    Travel times shrink by it, x'(t) = x(delay + factor (t - delay)): linear between samples, zero beyond the
-    record's ends.
+    Travel times are divided by it: x'(t) = x(delay + factor (t - delay)), linear between samples and zero
+    beyond the ends of the record.
     """
     n = seis.shape[2]
     t = DELAY + factor * (torch.arange(n, dtype=torch.float64) - DELAY)
-    t = t.clamp(-1, n)  # where the padding is
+    t = t.clamp(-1, n)  # into the padding
     before = t.floor().clamp(max=n - 1).long()
     share = (t - before)[:, None].to(seis.device, seis.dtype)
     seis = F.pad(seis, (0, 0, 1, 1))
@@ -58,7 +59,7 @@ def _same(x):
     return x
 
 
-VIEWS = {  # name: its views
+VIEWS = {  # name in --tta: its views
     "plain": [View("plain", 1.0, _same, _same)],
     "mirror": [View("mirror", 1.0, mirror_survey, lambda vel: vel.flip(3))],
     "noise": [View(f"noise {k}", 0.125, partial(add_noise, seed=k), _same) for k in (1, 2)],
@@ -71,9 +72,9 @@ VIEWS = {  # name: its views
 
 
 def make_views(words):
-    """The plain view and those named, as "mirror", or "noise:0.5" with a weight in place of the kind's own.
+    """The plain view and those that `words` name: "mirror", or "noise:0.5" with a weight of your own.
 
-    The views' weights sum to one. Raises ValueError for unknown names and impossible weights.
+    The weights of all views sum to 1. Raises ValueError for unknown names and impossible weights.
     """
     given = {"plain": None}
     for word in words:
@@ -89,22 +90,22 @@ def make_views(words):
             )
     views = []
     for name, weight in given.items():
-        views += [View(v.name, v.weight if weight is None else weight, v.there, v.back) for v in VIEWS[name]]
+        views += [View(v.name, v.weight if weight is None else weight, v.change, v.undo) for v in VIEWS[name]]
     total = sum(view.weight for view in views)
     if total <= 0:
         raise ValueError(f"--tta={','.join(words)}: all weights are 0; give one view a positive weight")
-    return [View(v.name, v.weight / total, v.there, v.back) for v in views]
+    return [View(v.name, v.weight / total, v.change, v.undo) for v in views]
 
 
 def predict_views(network, seis, views, mode="full"):
-    """Full gathers (B, 5, 1000, 70) -> each view's map, brought back: (K, B, 1, 70, 70) m/s.
+    """Predict full gathers (B, 5, 1000, 70) in every view, with changes undone: (K, B, 1, 70, 70) m/s.
 
-    Within OpenFWI's range, or NaN where the network gives no finite number.
+    Velocities lie within OpenFWI's range, or are NaN where the network gives no finite number.
     """
-    maps = torch.stack([view.back(network(preprocess(view.there(seis), mode)).float()) for view in views])
+    maps = torch.stack([view.undo(network(preprocess(view.change(seis), mode)).float()) for view in views])
     return maps.clamp(V_MIN, V_MAX).masked_fill(maps.isinf(), torch.nan)
 
 
 def predict(network, seis, views, mode="full", combine="mean"):
-    """Full gathers (B, 5, 1000, 70) -> velocity (B, 1, 70, 70) m/s within OpenFWI's range."""
+    """Predict full gathers (B, 5, 1000, 70), all views joined: (B, 1, 70, 70) m/s in OpenFWI's range."""
     return fuse(predict_views(network, seis, views, mode), [view.weight for view in views], combine)

@@ -1,4 +1,4 @@
-"""Figures of predictions and of their quality; without matplotlib one line says so."""
+"""Figures of predictions and of their quality. Without matplotlib one line says that there are none."""
 
 import os
 from importlib.util import find_spec
@@ -9,13 +9,13 @@ from utils import V_MAX, V_MIN, write_atomic
 
 
 def new_figure(size, layout="constrained"):
-    """An empty figure of (width, height) inches; None, said in one line, where matplotlib is not installed.
+    """An empty figure of (width, height) inches, or None, with a message, if matplotlib is not installed.
 
-    Made without pyplot, which would choose a backend for the whole process.
+    It is made without pyplot, which would choose a backend for the whole process.
     """
     backend = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
     if "://" in os.environ.get("MPLBACKEND", "") and find_spec(backend) is None:
-        os.environ["MPLBACKEND"] = "agg"  # a notebook's, handed down to where it is not installed
+        os.environ["MPLBACKEND"] = "agg"  # inherited from a notebook whose backend is not installed here
     try:
         import matplotlib.figure
     except ImportError:
@@ -25,13 +25,13 @@ def new_figure(size, layout="constrained"):
 
 
 def save_figure(fig, path, dpi=80):
-    """Write a figure as .png, whole or not at all."""
+    """Write a figure as .png, complete or not at all."""
     with write_atomic(path) as file:
         fig.savefig(file, format="png", dpi=dpi)
 
 
 def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax=V_MAX, unit="m/s"):
-    """One map panel with axes in m and a bar; an empty one where there are no values."""
+    """Draw a map (Z, X) with axes in m and a colour bar; an empty panel if `values` is None."""
     if values is None:
         ax.axis("off")
         return
@@ -42,14 +42,14 @@ def draw_map(fig, ax, title, values, dx_m=10.0, cmap="viridis", vmin=V_MIN, vmax
 
 
 def draw_gather(ax, title, shot, limits, dx_m=10.0, dt_s=1e-3):
-    """One shot (T, R) in grey between two amplitudes, time downwards in s, receivers in m."""
+    """Draw a shot (T, R) in grey between two amplitudes, time downwards in s, receivers in m."""
     extent = (0, dx_m * shot.shape[1], dt_s * len(shot), 0)
     ax.imshow(shot, cmap="gray", vmin=limits[0], vmax=limits[1], aspect="auto", extent=extent)
     ax.set(title=title, xlabel="receiver (m)", ylabel="time (s)")
 
 
 def draw_error(fig, ax, prediction, truth):
-    """Prediction − truth on a scale symmetric about zero; an empty panel where there is no truth."""
+    """Draw prediction − truth on a scale symmetric about zero; an empty panel if truth is None."""
     if truth is None:
         ax.axis("off")
         return
@@ -60,10 +60,10 @@ def draw_error(fig, ax, prediction, truth):
 
 
 def prediction_figure(path, rows):
-    """Draw gather, truth, prediction and error, a row a sample, into `path`; centre shots.
+    """Draw the centre shot, truth, prediction and error of some samples, one in each row, into `path`.
 
-    rows: (title, seis (S, T, R), truth (Z, X) or None, prediction (Z, X)), m/s, and optionally the gather
-    (S, T, R) simulated from the prediction: then it and the residual are drawn too, on the gather's scale.
+    rows: (title, seis (S, T, R), truth (Z, X) m/s or None, prediction (Z, X) m/s) each, optionally with the
+    gather (S, T, R) simulated from the prediction: then it and the residual are drawn too, on the same scale.
     """
     n_columns = 6 if any(len(row) > 4 for row in rows) else 4
     if not (fig := new_figure((3.2 * n_columns, 2.9 * len(rows)))):
@@ -85,7 +85,7 @@ def prediction_figure(path, rows):
 
 
 def steps_figure(path, title, steps, truth, n_most=12):
-    """Maps on the way of an inversion, [(what, (Z, X)), ...], at most `n_most`, and the truth or None."""
+    """Draw the maps on an inversion's way, [(what, (Z, X)), ...], `n_most` at most, and the truth or None."""
     chosen = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(n_most, len(steps)))]
     panels = [
         (what if truth is None else f"{what}\nMAE {np.abs(vel - truth).mean():.2f} m/s", vel)
@@ -106,10 +106,13 @@ def steps_figure(path, title, steps, truth, n_most=12):
 
 
 def calibration_figure(path, misfits, errors, families, correlation):
-    """Error against misfit, a colour a family, into `path`; drawn at 0.01 m/s and 1e-5 where less."""
+    """Plot errors (m/s) against misfits, a colour for each family, into `path`."""
     if not (fig := new_figure((6, 4.5))):
         return
-    misfits, errors = np.maximum(misfits, 1e-5), np.maximum(errors, 0.01)  # inverted maps may have none
+    misfits, errors = (
+        np.maximum(misfits, 1e-5),
+        np.maximum(errors, 0.01),
+    )  # inversion may reach zero, which a logarithm cannot show
     ax = fig.subplots()
     for name in sorted(set(families)):
         mine = [i for i, family in enumerate(families) if family == name]

@@ -1,4 +1,4 @@
-"""What `infer.py` tells of its predictions: misfits, warnings, and which ones to look at."""
+"""What `infer.py` reports of its predictions: misfits, warnings, and which ones to look at."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from waves.misfit import MISFITS, WARNINGS
 
 
 def write_misfits(path, oids, results, families, errors=None):
-    """CSV of misfits, warnings and families, with errors where they are known."""
+    """Write a CSV of misfits, warnings and families, and of errors if they are known."""
     with write_atomic(path, "w") as file:
         file.write(f"oid,{','.join(MISFITS)},warning,family{',mae' if errors is not None else ''}\n")
         for i, oid in enumerate(oids):
@@ -19,14 +19,14 @@ def write_misfits(path, oids, results, families, errors=None):
 
 
 def print_warnings(oids, results):
-    """One line for each kind of gather that does not look like OpenFWI's."""
+    """Print a line for each kind of gather that does not look like OpenFWI's."""
     for name, text in WARNINGS.items():
         if len(found := np.flatnonzero(results[name])):
             print(f"warning: {len(found)} of {len(oids)} gathers (first {oids[found[0]]}) {text}")
 
 
 def print_misfits(results, errors):
-    """The misfits' quantiles, and their rank correlation with the errors where these are known."""
+    """Print quantiles of the misfits, and their rank correlation with the errors if these are known."""
     for name in MISFITS:
         low, middle, high = np.quantile(results[name], (0.1, 0.5, 0.9))
         line = f"{name:<11}10 % {low:.4f}, median {middle:.4f}, 90 % {high:.4f}"
@@ -36,7 +36,7 @@ def print_misfits(results, errors):
 
 
 def best_median_worst(families, values):
-    """(family, numbers of its samples with the least, the median and the greatest value) of each family."""
+    """Yield each family with the numbers of its samples of lowest, median and highest value."""
     for family in sorted(set(families)):
         mine = sorted((i for i, name in enumerate(families) if name == family), key=lambda i: values[i])
         yield family, list(dict.fromkeys((mine[0], mine[len(mine) // 2], mine[-1])))
