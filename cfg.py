@@ -44,7 +44,7 @@ class Config(Options):
 
     # ------------------------------------------------------------------------------------------------- run
     name: str = run("baseline", "run folder: runs/<number>-<name>/", programs=(TRAIN,))
-    run_root: str = run("runs", "folder of the run folders", programs=(TRAIN,))
+    run_root: str = run("runs", "folder of the run folders", programs=(TRAIN,), path=True)
     seed: int = run(0, "of weights, sample order and augmentation", programs=(TRAIN,), decides=(TRAINING,))
     device: str = run(
         "auto",
@@ -73,8 +73,10 @@ class Config(Options):
     )
 
     # ------------------------------------------------------------------------------------------------ data
-    data_root: tuple = data(("data_openfwi",), "folders searched for OpenFWI or Kaggle training files")
-    val_root: tuple = data((), "folders used whole for validation; none = split data_root")
+    data_root: tuple = data(
+        ("data_openfwi",), "folders searched for OpenFWI or Kaggle training files", path=True
+    )
+    val_root: tuple = data((), "folders used whole for validation; none = split data_root", path=True)
     families: tuple = data((), "families to use; none = all that are found")
     split: str = data(
         "file",
@@ -92,7 +94,7 @@ class Config(Options):
         0.5, "probability of the baseline's flip, which is inexact for the centre source", most=1
     )
     synth_per_family: int = data(
-        0, "> 0: first make this many maps of each family by synth.py where data_root lacks them"
+        0, "> 0: first make this many maps of each family by synth.py where data_root lacks them", most=10**6
     )
 
     # ---------------------------------------------------------------------------------------- augmentation
@@ -101,7 +103,7 @@ class Config(Options):
         (0.9, 1.1), "range of c; each map stays within 1500 to 4500 m/s", items=float, above=0
     )
     shift_p: float = augmentation(0.0, "probability: shift in time", most=1)
-    shift: int = augmentation(3, "largest shift either way, in samples (ms)")
+    shift: int = augmentation(3, "largest shift either way, in samples (ms)", most=999)
     gain_p: float = augmentation(0.0, "probability: one factor for the whole gather", most=1)
     gain: tuple = augmentation((0.8, 1.25), "range of the factor", items=float, above=0)
     noise_p: float = augmentation(0.0, "probability: Gaussian noise", most=1)
@@ -127,10 +129,13 @@ class Config(Options):
         choices=("new", "varied", "both"),
     )
     online_pairs: int = simulation(
-        4096, "without CUDA: pairs kept on disk, 0.7 MB each; they are used again in turn", above=0
+        4096,
+        "without CUDA: pairs kept on disk, 0.7 MB each; they are used again in turn",
+        above=0,
+        most=10**7,
     )
     online_cache: str = simulation(
-        "", "without CUDA: their folder; empty = <run_root>/online_cache", decides=()
+        "", "without CUDA: their folder; empty = <run_root>/online_cache", decides=(), path=True
     )
     online_workers: int = simulation(
         1, "without CUDA: simulating processes a rank, one thread each", above=0, most=1024, decides=()
@@ -145,14 +150,14 @@ class Config(Options):
         "convnext_small.fb_in22k_ft_in1k", "unet: any timm ConvNeXt, ConvNeXtV2, CAFormer or ConvFormer"
     )
     pretrained: bool | str = network(
-        True, "unet: start from ImageNet weights: true = timm's, false, or a file", decides=()
+        True, "unet: start from ImageNet weights: true = timm's, false, or a file", decides=(), path=True
     )
     norm: str = network("instance", "encoder norms: instance (baseline), layer (timm's own)")
     activation: str = network("gelu", "encoder activations: gelu (baseline), original (timm's own)")
     drop_path: float = network(
         0.0, "share of residual branches dropped in training, reached at the deepest", most=0.99
     )
-    decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int)
+    decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int, most=4096)
     upsample: str = network("transposed", "transposed, pixelshuffle, nearest")
     scse: bool = network(False, "SCSE attention in the decoder")
     skip_convs: bool = network(False, "two extra convolutions on each skip connection")
@@ -166,7 +171,9 @@ class Config(Options):
     deep_supervision: bool = network(False, "a velocity map from every decoder level in training")
     bounded: bool = network(False, "sigmoid onto 1500 to 4500 m/s instead of the baseline's linear scaling")
     input_scaling: str = network("none", "none (baseline), signed_log, time_gain")
-    width: int = network(32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many")
+    width: int = network(
+        32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many", most=4096
+    )
 
     # -------------------------------------------------------------------------------------------- training
     epochs: int = training(40, "passes over the training samples", above=0)
@@ -202,7 +209,9 @@ class Config(Options):
     wandb: str = watching(
         "off", "Weights & Biases: off, offline, online", choices=("off", "offline", "online")
     )
-    resume: str = watching("", "run folder to go on with; auto = the newest one of this name, if any")
+    resume: str = watching(
+        "", "run folder to go on with; auto = the newest one of this name, if any", path=True
+    )
     eval_only: bool = watching(False, "validate --ckpt and stop")
     dry_run: bool = watching(False, "print configuration, parameters and shapes, and stop")
     smoke: bool = watching(
@@ -218,9 +227,10 @@ class Config(Options):
         "best.pt, last.pt or a public state dict; infer.py joins several: a.pt,b.pt",
         programs=(TRAIN, INFER),
         decides=(),
+        path=True,
     )
-    input: str = inference("", "a .npy file of gathers, or a folder of them", decides=())
-    out: str = inference("submission.csv", "the competition's CSV of the final maps", decides=())
+    input: str = inference("", "a .npy file of gathers, or a folder of them", decides=(), path=True)
+    out: str = inference("submission.csv", "the competition's CSV of the final maps", decides=(), path=True)
     tta: tuple = inference(
         (),
         "views joined with the plain one: mirror, noise, scale, stretch; with other weights than "
@@ -239,9 +249,12 @@ class Config(Options):
     )
     post: tuple = inference((), "steps of postprocess.py, in this order; auto = what --use found to help")
     fit: str = inference(
-        "", "file to write: ensemble weights, statistics and helpful steps, fitted to --truth", decides=()
+        "",
+        "file to write: ensemble weights, statistics and helpful steps, fitted to --truth",
+        decides=(),
+        path=True,
     )
-    use: str = inference("", "such a file, fitted on validation data, to apply", decides=())
+    use: str = inference("", "such a file, fitted on validation data, to apply", decides=(), path=True)
     refine: str = inference(
         "none",
         "against the observed gather: none, or a method of inference/refine.py: feedback, inversion",
@@ -265,17 +278,20 @@ class Config(Options):
         decides=(),
     )
     figures: str = inference(
-        "", "folder for figures: best, median and worst of each family; misfit against error", decides=()
+        "",
+        "folder for figures: best, median and worst of each family; misfit against error",
+        decides=(),
+        path=True,
     )
     pseudo: str = inference(
-        "", "folder for a training set made of predictions and their simulated gathers", decides=()
+        "", "folder for a training set made of predictions and their simulated gathers", decides=(), path=True
     )
     pseudo_misfit: float = inference(0.3, "pseudo: largest log misfit of a prediction to keep", decides=())
     pseudo_family: str = inference(
         "CurveVel_B", "pseudo: family to file maps under where the network does not classify", decides=()
     )
-    save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=())
-    truth: str = inference("", "folder of the true maps, to score against", decides=())
+    save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=(), path=True)
+    truth: str = inference("", "folder of the true maps, to score against", decides=(), path=True)
 
     given = frozenset()  # not a field: the names that stood on the command line
 

@@ -84,7 +84,7 @@ def family_numbers(option, words, default):
             value = float(number)
         except ValueError:
             value = math.nan
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= 1e12:
             raise ValueError(f"--{option}={word}: expected a number of 0 or more, or FAMILY:NUMBER")
         if colon:
             named[check_family(name)] = value

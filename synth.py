@@ -71,19 +71,21 @@ SYNTH = Section("synth", "data sets in OpenFWI's layout")
 class SynthOptions(Options):
     """The options of synth.py."""
 
-    out: str = SYNTH("", "folder of the data set")
+    out: str = SYNTH("", "folder of the data set", path=True)
     families: tuple = SYNTH((), "families to make; none or all = all ten")
-    n_per_family: int = SYNTH(0, "maps of each family", most=10**8)
+    n_per_family: int = SYNTH(0, "maps of each family", most=10**6)
     seed: int = SYNTH(0, "of the maps")
     dtype: str = SYNTH("float32", "of the gathers: float16, float32", choices=("float16", "float32"))
     per_file: int = SYNTH(500, "maps a file, at most", above=0)
-    maps: str = SYNTH("", "simulate this .npy or .npz file of velocity maps (m/s) instead")
+    maps: str = SYNTH("", "simulate this .npy or .npz file of velocity maps (m/s) instead", path=True)
     keys: tuple = SYNTH((), "with --maps=FILE.npz: model1,model2,…; none = all")
     n_per_file: int = SYNTH(0, "with --maps: the first maps of the .npy or of each key; 0 = all")
-    vary: str = SYNTH("", "simulate variations of the velocity maps in this folder of OpenFWI files")
+    vary: str = SYNTH(
+        "", "simulate variations of the velocity maps in this folder of OpenFWI files", path=True
+    )
     device: str = SYNTH("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    figure: str = SYNTH("", "draw a contact sheet of all families to this file")
-    real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours")
+    figure: str = SYNTH("", "draw a contact sheet of all families to this file", path=True)
+    real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours", path=True)
 
 
 def main(argv):

@@ -67,6 +67,9 @@ def run_program(main):
     `python -X dev PROGRAM` shows the traceback instead.
     """
     global _is_program
+    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks is written as \\xd7, not an error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _is_program = True
         main(sys.argv[1:])
@@ -120,7 +123,7 @@ def drop_output():
 def say_on_stderr(line):
     """Write a line to standard error, where there is one: its terminal may be closed."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 class Stopped(SystemExit):

@@ -68,11 +68,11 @@ ACCURACY = Section("accuracy", "networks on maps of all ten families")
 class AccuracyOptions(Options):
     """The options of `bench.py accuracy`."""
 
-    maps: str = ACCURACY("", "folder of <Family>.npz with real maps under `dev`")
-    ckpt: tuple = ACCURACY((), "checkpoints")
+    maps: str = ACCURACY("", "folder of <Family>.npz with real maps under `dev`", path=True)
+    ckpt: tuple = ACCURACY((), "checkpoints", path=True)
     n_per_family: int = ACCURACY(0, "maps of each family; 0 = all real ones, 40 synthetic ones", most=10**6)
     device: str = ACCURACY("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    json: str = ACCURACY("", "file to write every number to")
+    json: str = ACCURACY("", "file to write every number to", path=True)
 
 
 def measure(args):

@@ -6,7 +6,6 @@ nothing; `batchwise` does so into the memory of a batch; `memmap` copies samples
 np.memmap; `loader` is ours; `processes` is torch's DataLoader over the same data set.
 """
 
-import json
 import os
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from openfwi.files import find_pairs
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
 from options.fields import Options, Section
 from training.loader import make_loaders
-from utils import Process, keep_memory
+from utils import Process, keep_memory, write_json
 
 BLOCK = 1 << 20  # bytes a read of `sequential`
 
@@ -73,8 +72,11 @@ def drain(loader):
 
 
 def own_memory():
-    """Bytes that are this process's alone (USS) and its share of all (PSS)."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    """Bytes that are this process's alone (USS) and its share of all (PSS); ValueError where nobody tells."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        raise ValueError("--soak: this system does not tell a process's memory, Linux does") from None
     kib = {words[0]: int(words[1]) for words in map(str.split, lines)}
     return 1024 * (kib["Private_Clean:"] + kib["Private_Dirty:"]), 1024 * kib["Pss:"]
 
@@ -91,21 +93,23 @@ DATA = Section("data", "the loader against bare reading of the same files")
 class DataOptions(Options):
     """The options of `bench.py data`."""
 
-    files: int = DATA(4, "pairs of files to make", above=0)
-    samples: int = DATA(160, "samples a file; files x samples must fill whole batches", above=0)
+    files: int = DATA(4, "pairs of files to make", above=0, most=10**4)
+    samples: int = DATA(160, "samples a file; files x samples must fill whole batches", above=0, most=10**5)
     dtype: str = DATA("float32", "of the gathers: float16, float32", choices=("float16", "float32"))
-    batch_size: int = DATA(16, "samples a batch", above=0)
-    workers: tuple = DATA((1, 2, 3, 4), "numbers of the loader's threads", items=int)
-    processes: tuple = DATA((2,), "numbers of worker processes of torch's DataLoader", items=int)
-    repeats: int = DATA(9, "turns with the files in memory", above=0)
-    cold: int = DATA(3, "turns with none of them in memory", above=0)
-    folder: str = DATA("", "where to put the files; none = the system's temporary folder")
+    batch_size: int = DATA(16, "samples a batch", above=0, most=10**5)
+    workers: tuple = DATA((1, 2, 3, 4), "numbers of the loader's threads", items=int, most=1024)
+    processes: tuple = DATA((2,), "numbers of worker processes of torch's DataLoader", items=int, most=1024)
+    repeats: int = DATA(9, "turns with the files in memory", above=0, most=10**4)
+    cold: int = DATA(3, "turns with none of them in memory; 0 where a system cannot", most=10**4)
+    folder: str = DATA("", "where to put the files; none = the system's temporary folder", path=True)
     soak: int = DATA(0, "> 0: instead read this many samples and watch the memory")
-    json: str = DATA("", "file to write every number to")
+    json: str = DATA("", "file to write every number to", path=True)
 
 
 def bench_data(args):
     """Print how fast the loader reads, beside bare reading of the same files; with --soak its memory."""
+    if args.cold and not args.soak and not hasattr(os, "posix_fadvise"):
+        raise ValueError("--cold: this system cannot take files out of memory, Linux can; use --cold=0")
     keep_memory()
     with tempfile.TemporaryDirectory(dir=args.folder or None) as root:
         write_files(root, args.files, args.samples, args.dtype)
@@ -135,11 +139,13 @@ def bench_data(args):
             contenders[f"processes {workers}"] = lambda loader=torchs: drain(loader)
         print(
             f"{n} samples of {sample_bytes / 1e6:.2f} MB, {args.dtype}, in {len(pairs)} pairs of files, "
-            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+            f"{os.cpu_count()} cores"
+            + (f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "")
         )
-        times = {name: {"cold": [], "warm": []} for name in contenders}
+        turns = {state: n for state, n in (("cold", args.cold), ("warm", args.repeats)) if n}
+        times = {name: {state: [] for state in turns} for name in contenders}
         cpu_s = {name: [] for name in contenders}
-        for state, repeats in (("cold", args.cold), ("warm", args.repeats)):
+        for state, repeats in turns.items():
             for run in contenders.values():
                 run()  # opens, starts workers, fills the page cache
             for _ in range(repeats):
@@ -153,7 +159,7 @@ def bench_data(args):
                         cpu_s[name].append(time.process_time() - cpu_started)
     result = table(times, cpu_s, n, sample_bytes)
     if args.json:
-        Path(args.json).write_text(json.dumps({"rows": result, "times_s": times, "cpu_s": cpu_s}, indent=1))
+        write_json(args.json, {"rows": result, "times_s": times, "cpu_s": cpu_s})
 
 
 def table(times, cpu_s, n, sample_bytes):
@@ -161,7 +167,9 @@ def table(times, cpu_s, n, sample_bytes):
 
     The CPU time, all threads', is of this process alone: worker processes' own is not in it.
     """
-    columns = "".join(f"{state:>8} {'samples/s':>9} {'MB/s':>6} {'of dd':>6}" for state in ("cold", "warm"))
+    columns = "".join(
+        f"{state:>8} {'samples/s':>9} {'MB/s':>6} {'of dd':>6}" for state in times["sequential"]
+    )
     print(f"{'who':<14}{columns} {'CPU us a sample':>16}")
     rows = []
     for name, states in times.items():

@@ -24,8 +24,8 @@ INVERSION = Section("inversion", "waveform inversion from several starts and thr
 class InversionOptions(Options):
     """The options of `bench.py inversion`."""
 
-    input: str = INVERSION("", "folder of gathers and their maps, in OpenFWI's layout")
-    ckpt: str = INVERSION("", "a checkpoint, for the start `network`")
+    input: str = INVERSION("", "folder of gathers and their maps, in OpenFWI's layout", path=True)
+    ckpt: str = INVERSION("", "a checkpoint, for the start `network`", path=True)
     starts: tuple = INVERSION(("mean",), "network, mean, smooth3, smooth10, … (σ in cells)")
     snr: tuple = INVERSION(("inf",), "signal-to-noise ratios, dB; inf = no noise")
     minutes: float = INVERSION(10.0, "most minutes a map")

@@ -147,11 +147,13 @@ REALISM = Section("realism", "a network trained to tell real maps from synthetic
 class RealismOptions(Options):
     """The options of `bench.py realism`."""
 
-    maps: str = REALISM("", "folder of <Family>.npz with real maps under `dev` and `shapes`")
+    maps: str = REALISM("", "folder of <Family>.npz with real maps under `dev` and `shapes`", path=True)
     families: tuple = REALISM((), "families to test; none or all = all ten")
-    seeds: int = REALISM(3, "trainings of the classifier; 0 = statistics only")
-    epochs: int = REALISM(40, "of each training", above=0)
-    figure: str = REALISM("", "folder for a picture of real and synthetic maps in unlabelled order")
+    seeds: int = REALISM(3, "trainings of the classifier; 0 = statistics only", most=1000)
+    epochs: int = REALISM(40, "of each training", above=0, most=10**5)
+    figure: str = REALISM(
+        "", "folder for a picture of real and synthetic maps in unlabelled order", path=True
+    )
 
 
 def bench_realism(args):

@@ -1,7 +1,6 @@
 """The training loop beside a bare one: `python bench.py train`."""
 
 import dataclasses
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from training.guards import BadSteps, Stop
 from training.loader import make_loaders
 from training.log import Log, peak_memory_gb
 from training.trainer import Trainer
-from utils import processes
+from utils import processes, write_json
 
 TRAIN_SPEED = Section("train", "the training loop against a bare one, with these options", (TRAIN,))
 
@@ -30,9 +29,9 @@ TRAIN_SPEED = Section("train", "the training loop against a bare one, with these
 class TrainSpeedOptions(Config):
     """The options of `bench.py train`: train.py's, and some more."""
 
-    steps: int = TRAIN_SPEED(16, "steps a turn", above=0)
-    repeats: int = TRAIN_SPEED(7, "turns", above=0)
-    json: str = TRAIN_SPEED("", "file to write every number to")
+    steps: int = TRAIN_SPEED(16, "steps a turn", above=0, most=10**4)
+    repeats: int = TRAIN_SPEED(7, "turns", above=0, most=10**4)
+    json: str = TRAIN_SPEED("", "file to write every number to", path=True)
 
 
 def bench_train(argv):
@@ -89,4 +88,4 @@ def bench_train(argv):
     )
     if args.json:
         result = {"step_ms": step_ms, "overhead": overhead, "data_share": waited, "times_s": times}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)

@@ -1,7 +1,7 @@
 """The simulator beside the plain loop and deepwave: `python bench.py wave`."""
 
 import ctypes
-import json
+import os
 import platform
 import statistics
 import time
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import waves
 from options.fields import Options, Section
-from utils import pick_device
+from utils import pick_device, write_json
 from waves.cpu import compiled
 from waves.engine import windows_of
 from waves.passes import BLOCK, MARGIN
@@ -101,7 +101,7 @@ def peak_mib(run, device):
         ctypes.CDLL(None).malloc_trim(0)  # what is free but held would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         held = kib("VmRSS")
-    except (OSError, AttributeError):  # not Linux with glibc
+    except (OSError, AttributeError, TypeError):  # not Linux with glibc
         return None
     run()
     return (kib("VmHWM") - held) / 1024
@@ -133,14 +133,14 @@ WAVE = Section("wave", "simulation and its gradient against the plain loop and d
 class WaveOptions(Options):
     """The options of `bench.py wave`."""
 
-    maps: str = WAVE("", ".npy or .npz file of velocity maps; none = two layered ones")
-    batch: tuple = WAVE((1, 8), "maps a call", items=int, above=0)
+    maps: str = WAVE("", ".npy or .npz file of velocity maps; none = two layered ones", path=True)
+    batch: tuple = WAVE((1, 8), "maps a call", items=int, above=0, most=10**4)
     who: tuple = WAVE(("ours", "plain", "deepwave"), "contenders: ours, plain, deepwave")
-    repeats: int = WAVE(5, "turns", above=0)
+    repeats: int = WAVE(5, "turns", above=0, most=10**4)
     threads: int = WAVE(0, "CPU threads; 0 = torch's default", most=4096)
     device: str = WAVE("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     soak: int = WAVE(0, "> 0: instead simulate this many maps in a loop and watch the memory")
-    json: str = WAVE("", "file to write every number to")
+    json: str = WAVE("", "file to write every number to", path=True)
 
 
 def bench_wave(args):
@@ -183,7 +183,7 @@ def bench_wave(args):
     if args.json:
         result = {"device": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
         result |= {"copy_bytes_per_s": bandwidth, "compile_s": compile_s, "rows": rows}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
 
 
 def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
@@ -223,6 +223,15 @@ def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
     return rows
 
 
+def resident():
+    """The memory in use, in words, where the system tells it."""
+    try:
+        n_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return "its memory is not told by this system"
+    return f"{n_pages * os.sysconf('SC_PAGE_SIZE') / 2**20:7.1f} MiB resident"
+
+
 def soak(n_maps, device, batch=20):
     """Simulate n_maps random layered maps in a loop and print the memory in use."""
     generator = torch.Generator().manual_seed(0)
@@ -232,8 +241,4 @@ def soak(n_maps, device, batch=20):
         seis = waves.simulate(layers.repeat_interleave(10, 1)[:, :, None].expand(-1, -1, 70).to(device))
         assert seis.isfinite().all()
         if done % max(batch, n_maps // 10 // batch * batch) == 0 or done + batch >= n_maps:
-            mib = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-            print(
-                f"{done + batch:6} maps {time.perf_counter() - start:7.1f} s  {mib:7.1f} MiB resident",
-                flush=True,
-            )
+            print(f"{done + batch:6} maps {time.perf_counter() - start:7.1f} s  {resident()}", flush=True)

@@ -83,7 +83,7 @@ def make_views(words):
             given[name] = float(number) if colon else None
         except ValueError:
             given[name] = -1.0
-        if name not in VIEWS or not (given[name] is None or 0 <= given[name] < float("inf")):
+        if name not in VIEWS or not (given[name] is None or 0 <= given[name] <= 1e12):
             raise ValueError(
                 f"--tta={word}: expected names of {', '.join(VIEWS)}, divided by commas, "
                 "with weights where you like, as mirror:1,noise:0.5"

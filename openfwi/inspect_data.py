@@ -14,6 +14,7 @@ import math
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -224,8 +225,8 @@ def main(argv):
             "--pack takes one folder and --out: python data.py --pack ROOT --out DIR --mode=MODE"
         )
     if args.pack:
-        pack(args.pack, args.out, args.mode)
+        pack(expanduser(args.pack), expanduser(args.out), args.mode)
     elif not args.roots:
         raise ValueError("no folder given: python data.py ROOT… [--verify], or --pack ROOT --out DIR")
-    elif overview(args.roots, args.verify):
+    elif overview([*map(expanduser, args.roots)], args.verify):
         sys.exit(1)

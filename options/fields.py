@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 
 ITEMS = {str: "words, as strings", int: "whole numbers", float: "numbers"}
@@ -30,12 +31,14 @@ class Section:
         most=None,
         items=str,
         bare=None,
+        path=False,
     ):
         """A dataclass field.
 
         programs and decides replace the section's own. Numbers lie from `least` (or strictly above `above`)
         to `most`; in a sequence of numbers, `items` int or float, each of them does. `bare` is the value of
-        the option written as a switch, for fields that are not booleans.
+        the option written as a switch, for fields that are not booleans. In a `path`, or several divided by
+        commas, "~" stands for the home folder, which a shell leaves as it is after "=".
         """
         metadata = {
             "section": self,
@@ -48,6 +51,7 @@ class Section:
             "most": most,
             "items": items,
             "bare": bare,
+            "path": path,
         }
         return dataclasses.field(default=default, metadata=metadata)
 
@@ -59,6 +63,7 @@ class Options:
     def __post_init__(self):
         check_types(self)
         check_limits(self)
+        expand_paths(self)
 
 
 def check_types(options):
@@ -68,7 +73,7 @@ def check_types(options):
     """
     for field in dataclasses.fields(options):
         value, kind = getattr(options, field.name), field.type
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1023:  # others are too large anyhow
             value = float(value)
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
@@ -95,8 +100,18 @@ def check_limits(options):
                     _check_number(field.name, item, ",".join(map(str, value)), kind, limits)
 
 
+def expand_paths(options):
+    """Put the home folder in the place of "~" in every path."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.metadata["path"] and isinstance(value, tuple):
+            setattr(options, field.name, tuple(map(os.path.expanduser, value)))
+        elif field.metadata["path"] and isinstance(value, str):
+            setattr(options, field.name, ",".join(map(os.path.expanduser, value.split(","))))
+
+
 def _check_number(name, value, written, kind, limits):
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{name}={written}: expected a finite number")
     if limits["above"] is not None and value <= limits["above"]:
         positive = "a positive number" if limits["above"] == 0 else f"more than {limits['above']}"

@@ -31,6 +31,8 @@ N_SAMPLES = 1000  # of 1 ms
 
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
 
+MAX_FILES = 10**5  # of a family
+
 CHECKSUMS = "checksums.json"  # in --out: of every finished file
 
 SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500, it disperses
@@ -232,8 +234,9 @@ def _write_jobs(out, jobs, options):
     """
     out.mkdir(parents=True, exist_ok=True)
     with sole_use(out):
-        finished = [j for group in jobs.values() for j in group if j.seis.exists() and j.vel.exists()]
-        todo = [j for group in jobs.values() for j in group if j not in finished]
+        todo, finished = [], []
+        for job in (job for group in jobs.values() for job in group):
+            (finished if job.seis.exists() and job.vel.exists() else todo).append(job)
         _claim(out, jobs, todo, options)
         _check_finished(out, finished)
         if not todo:
@@ -252,6 +255,10 @@ def _checked_sizes(n_per_family, per_file, seed):
     sizes = {"n_per_family": n_per_family, "per_file": per_file, "seed": seed}
     if n_per_family < 1 or per_file < 1 or seed < 0:
         raise ValueError(f"{sizes}: expected n_per_family and per_file of at least 1, seed of at least 0")
+    if (n_files := n_per_family // per_file) > MAX_FILES:
+        raise ValueError(
+            f"{n_files} files of each family: expected at most {MAX_FILES}; put more maps into a file"
+        )
     return sizes
 
 

@@ -29,7 +29,7 @@ def test_loss_is_the_mean_absolute_error_plus_what_is_asked_for():
     weights = parse_family_weights(("FlatVel_A:3", "Style_B:0.5"))
     assert torch.allclose(sample_losses(prediction, vel, family, Config(), weights), 3 * plain)
     assert weights[FAMILIES.index("Style_B")] == 0.5 and weights.sum() == 8 + 3.5
-    for word in ("FlatVel_A", "FlatVel_A:x", "FlatVel_A:-1"):
+    for word in ("FlatVel_A", "FlatVel_A:x", "FlatVel_A:-1", "FlatVel_A:nan", "FlatVel_A:inf"):
         with pytest.raises(ValueError, match="expected NAME:WEIGHT"):
             parse_family_weights((word,))
     with pytest.raises(ValueError, match="unknown family"):

@@ -33,7 +33,7 @@ def parse_family_weights(words):
             weight = float(value)
         except ValueError:
             weight = -1.0
-        if not colon or weight < 0:
+        if not colon or not 0 <= weight <= 1e12:
             raise ValueError(f"--family_weights={word}: expected NAME:WEIGHT with a weight of 0 or more")
         weights[FAMILIES.index(check_family(name))] = weight
     return weights

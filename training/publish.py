@@ -28,10 +28,12 @@ PUBLISH = Section("publish", "weights to share")
 class PublishOptions(Options):
     """The options of `python -m training.publish`."""
 
-    ckpt: str = PUBLISH("", "best.pt of a run")
-    out: str = PUBLISH("", "file to write, NAME.safetensors")
-    before: tuple = PUBLISH((), "folders of the runs that the last one started from, in their order")
-    accuracy: str = PUBLISH("", "file that `bench.py accuracy --json` wrote of these weights")
+    ckpt: str = PUBLISH("", "best.pt of a run", path=True)
+    out: str = PUBLISH("", "file to write, NAME.safetensors", path=True)
+    before: tuple = PUBLISH(
+        (), "folders of the runs that the last one started from, in their order", path=True
+    )
+    accuracy: str = PUBLISH("", "file that `bench.py accuracy --json` wrote of these weights", path=True)
 
 
 def half(state):

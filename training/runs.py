@@ -73,7 +73,10 @@ def environment(device):
     """Commit, versions and device, one `name: value` a line, for env.txt."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+        commit = (
+            subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=10).stdout.strip()
+            or "unknown"
+        )
     except (OSError, subprocess.TimeoutExpired):
         commit = "unknown"
     card = (

@@ -20,13 +20,13 @@ def compiled():
     vectors = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast"]
     reason = ""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a loaded library
         library, source = Path(folder, "cpu.so"), Path(__file__).with_name("cpu.cpp")
         # old compilers do not know x86-64-v3 and v4
         for target in (vectors.get(torch.backends.cpu.get_cpu_capability(), []), ["-march=native"]):
             command = [compiler, *flags, *target, source, "-o", library]
             try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
                 return ctypes.CDLL(str(library))
             except (OSError, subprocess.CalledProcessError) as error:
                 reason = reason or (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
