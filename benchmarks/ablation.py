@@ -1,11 +1,9 @@
-"""Compare networks at equal training cost: `python -m benchmarks.ablation --train DIR --test DIR`.
+"""Networks compared at equal training cost: `python bench.py ablation --train=DIR --test=DIR`.
 
-A run trains for a budget of CPU seconds of one thread (`time.process_time`: waiting for other programs costs
-nothing) and anneals its rate over it. Each finished run appends a line to --results, and started again the
-program goes on with what is missing there; then it prints the tables and draws the figure.
+A run trains for a budget of CPU seconds of one thread (`time.process_time`, so that waiting for other
+programs costs nothing) and anneals its learning rate over the budget.
 """
 
-import argparse
 import json
 import math
 import re
@@ -13,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from data import load_items, mean_map
 from model import check_model
 from openfwi.files import read_sample
 from openfwi.modes import preprocess
+from options.fields import Options, Section
 from report.figures import new_figure, save_figure
 from report.scores import ssim
 from train import train_epoch
@@ -31,9 +31,10 @@ from training.loader import PairDataset, make_loaders
 from training.log import Log
 from training.runs import environment
 from training.trainer import Trainer
-from utils import append_json, processes, read_lines, run_program, seed_all
+from utils import append_json, processes, read_lines, seed_all
 
-# options of cfg.py: one rate for all, tuned for none; the budget ends a run, nothing is logged or saved
+# Options of cfg.py: one learning rate for all networks, tuned for none. The budget ends a run, and nothing is
+# logged or saved on the way.
 COMMON = "lr=1e-3 min_lr=1e-5 weight_decay=0.05 batch_size=8 pretrained=false precision=float32 device=cpu "
 COMMON += "threads=1 workers=0 epochs=1000000 log_every=1000000000 save_minutes=1e9"
 BASELINE = "arch=unet backbone=convnext_atto head=crop"
@@ -44,7 +45,7 @@ OF_OURS = (
     *("bounded=true", "classify_family=true", "input_scaling=none", "input_scaling=time_gain"),
     *("smoothness=0.05", "smoothness=0.05 smoothness_edge=100", "flip_p=0"),
 )
-GROUPS = {  # the first of a group is what the others are compared with
+GROUPS = {  # the others of a group are compared with its first
     "main": {
         "baseline": BASELINE,
         **{name: f"{BASELINE} {name}" for name in ("mode=smart_256x72", "mode=small_72x72")},
@@ -55,14 +56,29 @@ GROUPS = {  # the first of a group is what the others are compared with
     "options": {"ours": OURS, **{name: f"{OURS} {name}" for name in OF_OURS}},
 }
 WARMUP_SHARE = 0.05  # of the budget, linear; the cosine takes the rest
-MARKS = (0.25, 0.5, 1.0)  # shares of the budget at which the error is taken for the figure
-CURVE_STRIDE = 5  # the points of the curve see every fifth test map
+MARKS = (0.25, 0.5, 1.0)  # shares of the budget at which the error is measured for the figure
+CURVE_STRIDE = 5  # for the figure, every fifth test map is used
+ABLATION = Section("ablation", "networks at equal training cost")
+
+
+@dataclass
+class AblationOptions(Options):
+    """The options of `bench.py ablation`."""
+
+    train: str = ABLATION("", "folder with the training files; none = only report")
+    test: str = ABLATION("", "folder with the test files")
+    results: str = ABLATION("ablation.jsonl", "file with a line for each finished run")
+    group: str = ABLATION("main", "networks to compare: main, options", choices=("main", "options"))
+    budget: float = ABLATION(120.0, "CPU seconds of training for each run", above=0)
+    seeds: tuple = ABLATION((0, 1, 2), "a run of each network for each seed", items=int)
+    n_test: int = ABLATION(100, "test maps of each family, evenly spaced", above=0)
+    figure: str = ABLATION("", "draw the figure into this .png")
 
 
 class Budget:
-    """Stands in for `trainer.Stop` and `optim.Schedule`: CPU seconds set the rate and end the run.
+    """Takes the place of `guards.Stop` and `optim.Schedule`: CPU seconds set the rate and end the run.
 
-    `measure()` is called as each of the marks is passed, off the clock.
+    `measure()` is called as each of the MARKS is passed, and its time does not count.
     """
 
     def __init__(self, trainer, budget_s, measure):
@@ -72,6 +88,7 @@ class Budget:
         self.started_s = time.process_time()
 
     def set(self, step):
+        """Set the learning rate for the CPU seconds spent so far."""
         cfg, share = self.trainer.cfg, min(1.0, self.spent_s / self.budget_s)
         fall = max(0.0, share - WARMUP_SHARE) / (1 - WARMUP_SHARE)
         warm = min(1.0, share / WARMUP_SHARE)
@@ -79,7 +96,7 @@ class Budget:
             group["lr"] = max(cfg.min_lr, cfg.lr * warm * (1 + math.cos(math.pi * fall)) / 2)
 
     def agree(self):
-        """Whether the budget is spent; called after each step."""
+        """Count the CPU seconds of the last step; returns whether the budget is spent."""
         self.spent_s += time.process_time() - self.started_s
         self.set(self.trainer.step)
         n_passed = sum(self.spent_s >= mark * self.budget_s for mark in MARKS) - len(self.curve)
@@ -90,7 +107,7 @@ class Budget:
 
 
 def spread(items, n):
-    """At most `n` evenly spaced items of each family."""
+    """Up to `n` evenly spaced items of each family."""
     chosen = []
     for family in dict.fromkeys(pair.family for pair, _ in items):
         mine = [item for item in items if item[0].family == family]
@@ -101,7 +118,7 @@ def spread(items, n):
 
 @torch.no_grad()
 def evaluate(network, items, mode):
-    """MAE (m/s) and SSIM of each item, (n,) each, and the network's CPU seconds a sample."""
+    """MAE (m/s) and SSIM of each item, (n,) each, and the network's CPU seconds for one."""
     network.eval()
     errors, similarities, forward_s = [], [], 0.0
     for seis, vel, _, _ in DataLoader(PairDataset(items), batch_size=8):
@@ -115,7 +132,7 @@ def evaluate(network, items, mode):
 
 
 def configuration(options, seed):
-    """A variant's words, as of `GROUPS`, -> Config."""
+    """The Config of a variant, given its options as in `GROUPS`."""
     return parse([f"--{word}" for word in f"{COMMON} {options} seed={seed}".split()])
 
 
@@ -125,11 +142,11 @@ def run_variant(cfg, process, budget_s, train_items, test_items):
     loader, _ = make_loaders(cfg, process, train_items, test_items)
     trainer = Trainer(cfg, process, loader.batch_sampler.n_steps)
     network, mode = trainer.ema.module, cfg.mode
-    few = test_items[::CURVE_STRIDE]
+    some_items = test_items[::CURVE_STRIDE]
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder), trainer)
         bad_steps = BadSteps(trainer, train_items, log.folder)
-        budget = Budget(trainer, budget_s, lambda: evaluate(network, few, mode)[0].mean().item())
+        budget = Budget(trainer, budget_s, lambda: evaluate(network, some_items, mode)[0].mean().item())
         trainer.schedule = budget
         while budget.spent_s < budget_s:
             train_epoch(trainer, loader, log, bad_steps, budget, None)
@@ -151,7 +168,7 @@ def run_variant(cfg, process, budget_s, train_items, test_items):
 
 
 def summary(records, group):
-    """{variant: its records, by seed} of one group, in the group's order."""
+    """{variant: its records, ordered by seed} of one group, in the group's order."""
     found = defaultdict(list)
     for record in sorted(records, key=lambda r: r["seed"]):
         if record["group"] == group:
@@ -160,18 +177,18 @@ def summary(records, group):
 
 
 def mean_std(values):
-    """The mean, and the standard deviation over seeds where there are several."""
+    """The mean, with the standard deviation if there are several seeds."""
     spread_out = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread_out}"
 
 
 def table(records, group):
-    """Markdown rows of one group: scores on the test maps, cost, and the paired difference from its first."""
+    """A Markdown table of one group: scores on the test maps, cost, paired differences from its first."""
     runs = summary(records, group)
-    beside = next(iter(GROUPS[group]))
-    first = {r["seed"]: r["mae"] for r in runs.get(beside, ())}
+    reference = next(iter(GROUPS[group]))
+    first = {r["seed"]: r["mae"] for r in runs.get(reference, ())}
     families = list(next(iter(runs.values()))[0]["family_mae"])
-    head = ["", *families, "MAE, m/s", f"beside {beside}", "SSIM", "seeds", "samples seen", "ms training"]
+    head = ["", *families, "MAE, m/s", f"against {reference}", "SSIM", "seeds", "samples seen", "ms training"]
     rows = [[*head, "ms inference", "M parameters"]]
     rows.append(["---"] * len(rows[0]))
     for name, mine in runs.items():
@@ -191,7 +208,7 @@ def table(records, group):
 
 
 def draw(path, records):
-    """MAE against training time of the main comparison, and the options' final errors, into `path`."""
+    """Draw MAE against training time of the main group, and final errors of the options, into `path`."""
     if not (fig := new_figure((12, 5))):
         return
     left, right = fig.subplots(1, 2)
@@ -213,19 +230,12 @@ def draw(path, records):
     save_figure(fig, path)
 
 
-def main(argv):
-    """Train what is missing and report; raise ValueError for options that do not go together."""
-    # without a usage text a mistake is one line
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--train", default="", help="folder with the training files; none: only report")
-    parser.add_argument("--test", default="", help="folder with the test files")
-    parser.add_argument("--results", default="ablation.jsonl", help="a line for each finished run")
-    parser.add_argument("--group", choices=GROUPS, default="main")
-    parser.add_argument("--budget", type=float, default=120.0, help="CPU seconds of training a run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--n_test", type=int, default=100, help="test maps of each family, evenly spaced")
-    parser.add_argument("--figure", help="draw it into this .png")
-    args = parser.parse_args(argv)
+def bench_ablation(args):
+    """Train networks for equal CPU seconds and compare their errors on test maps.
+
+    Each finished run appends a line to --results. You can stop it at any time: the same command continues
+    with the runs that are missing there, then prints the tables and draws the figure.
+    """
     if bool(args.train) != bool(args.test):
         raise ValueError("--train and --test go together; give both to run, neither to report")
     records = [json.loads(line) for line in read_lines(args.results)]
@@ -241,15 +251,15 @@ def main(argv):
 
 
 def run_missing(args, records):
-    """Run each variant and seed that `records` lacks, all variants of one seed first; adds to both."""
+    """Run each variant and seed missing in `records`, seed by seed; add them there and to --results."""
     variants = GROUPS[args.group]
-    there = {(r["variant"], r["seed"]): r for r in records if r["group"] == args.group}
+    known = {(r["variant"], r["seed"]): r for r in records if r["group"] == args.group}
     for name, options in variants.items():
         check_model(configuration(options, 0))
-        mine = [r for (variant, _), r in there.items() if variant == name]
+        mine = [r for (variant, _), r in known.items() if variant == name]
         if any((r["budget_s"], r["options"]) != (args.budget, options) for r in mine):
-            raise ValueError(f"{args.results}: {name} ran otherwise there; give another --results")
-    missing = [(seed, name) for seed in args.seeds for name in variants if (name, seed) not in there]
+            raise ValueError(f"{args.results}: {name} ran with other options there; give another --results")
+    missing = [(seed, name) for seed in args.seeds for name in variants if (name, seed) not in known]
     if not missing:
         return
     train_items, test_items = load_items(Config(data_root=(args.train,), val_root=(args.test,)))
@@ -266,7 +276,3 @@ def run_missing(args, records):
         records.append({**key, **found})
         append_json(args.results, records[-1])
         print(f"seed {seed}, {name}: {found['mae']:.1f} m/s, {found['samples']} samples seen", flush=True)
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,4 +1,4 @@
-"""The ablation: budgets, resuming, its scores, tables and figure."""
+"""`bench.py ablation`: budgets, resuming, its scores, tables and figure."""
 
 import itertools
 import json
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL, write_pair
 
+import bench
 from benchmarks import ablation
 from cfg import Config
 from openfwi.files import find_pairs
@@ -133,7 +134,7 @@ def read(folder):
 
 def test_runs_are_kept_resumed_tabled_and_drawn(folders, clock, monkeypatch, capsys):
     folder, args = folders
-    ablation.main([*args, "--seeds", "0", "1"])
+    bench.main(["ablation", *args, "--seeds=0,1"])
     records = read(folder)
     assert [(r["seed"], r["variant"]) for r in records] == list(itertools.product((0, 1), ("one", "bounded")))
     for r in records:
@@ -146,17 +147,17 @@ def test_runs_are_kept_resumed_tabled_and_drawn(folders, clock, monkeypatch, cap
 
     # a run that is missing is run again, to the same numbers, and no other
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
-    ablation.main([*args, "--seeds", "0", "1"])
+    bench.main(["ablation", *args, "--seeds=0,1"])
     again = read(folder)
     assert again[:-1] == records[:-1]
     assert [again[-1][key] for key in ("seed", "variant", "mae")] == [1, "bounded", records[-1]["mae"]]
 
     monkeypatch.setattr(ablation, "run_variant", None)  # nothing is left to run
-    ablation.main([*args, "--seeds", "0", "1"])
-    ablation.main(args[2:])  # reports alone
+    bench.main(["ablation", *args, "--seeds=0,1"])
+    bench.main(["ablation", *args[2:]])  # reports alone
     assert read(folder) == again
-    with pytest.raises(ValueError, match="one ran otherwise there; give another --results"):
-        ablation.main([*args, "--seeds", "0", "--budget=5"])
+    with pytest.raises(ValueError, match="one ran with other options there; give another --results"):
+        bench.main(["ablation", *args, "--seeds=0", "--budget=5"])
 
 
 def test_options_of_the_groups_are_the_configurations_and_build(monkeypatch):
@@ -168,6 +169,6 @@ def test_options_of_the_groups_are_the_configurations_and_build(monkeypatch):
 
 
 def test_half_a_command_and_nothing_to_report_are_refused(tmp_path, refuses):
-    refuses(ablation.main, f"--train={tmp_path}", words=["--train and --test go together"])
-    refuses(ablation.main, f"--results={tmp_path}/none", words=["no results yet"])
-    refuses(ablation.main, "--group=other", words=["invalid choice", "main"])
+    refuses(bench.main, "ablation", f"--train={tmp_path}", words=["--train and --test go together"])
+    refuses(bench.main, "ablation", f"--results={tmp_path}/none", words=["no results yet"])
+    refuses(bench.main, "ablation", "--group=other", words=["expected one of main, options"])
