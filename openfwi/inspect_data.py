@@ -1,10 +1,10 @@
-"""What lies in data folders, and packed copies of it: the program `python data.py`.
+"""Data folders described, verified and packed: the program `python data.py`.
 
-python data.py ROOT…            table of families, files, samples and values, and what is wrong with files
-python data.py ROOT… --verify   the same of all values, not three samples a file; checks a copy's checksums
+python data.py ROOT...            table of families, files, samples and values, and of bad files
+python data.py ROOT... --verify   the same from all values instead of three samples a file; checks checksums
 python data.py --pack ROOT --out DIR --mode=small_72x72   float16 copy in an input mode's shape
 
-A packed copy is a data root like others. The exit status is 1 where files are bad.
+A packed copy is used like any other data folder. The exit status is 1 if files are bad.
 """
 
 import argparse
@@ -201,14 +201,14 @@ def write_packed(path, source, shape, kind, mode):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a ValueError, hence one line."""
+    """argparse that raises ValueError, so that a mistake is one line."""
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
 
-def main(argv):
-    """Describe, verify or pack data sets; raise ValueError for what does not go together."""
+def parse_arguments(argv):
+    """The words of the command line as a namespace. Raises ValueError for words that do not go together."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "roots", nargs="*", metavar="ROOT", help="folders of OpenFWI or Kaggle training files"
@@ -224,9 +224,15 @@ def main(argv):
         raise ValueError(
             "--pack takes one folder and --out: python data.py --pack ROOT --out DIR --mode=MODE"
         )
+    if not args.pack and not args.roots:
+        raise ValueError("no folder given: python data.py ROOT… [--verify], or --pack ROOT --out DIR")
+    return args
+
+
+def main(argv):
+    """Describe, verify or pack data sets; exit with status 1 if files are bad."""
+    args = parse_arguments(argv)
     if args.pack:
         pack(expanduser(args.pack), expanduser(args.out), args.mode)
-    elif not args.roots:
-        raise ValueError("no folder given: python data.py ROOT… [--verify], or --pack ROOT --out DIR")
     elif overview([*map(expanduser, args.roots)], args.verify):
         sys.exit(1)

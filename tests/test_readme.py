@@ -1,27 +1,14 @@
 """The README keeps its promises about commands, files and options."""
 
-import dataclasses
 import re
 
 from conftest import ROOT, run_cli
-
-from cfg import PRESETS, Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_test_command_is_the_one_ci_runs():
     assert (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1] in README
-
-
-def test_every_option_and_preset_it_names_exists():
-    names = {field.name for field in dataclasses.fields(Config)}
-    commands = re.findall(r"(?:train|infer)\.py [^\n`]*", README)
-    assert commands
-    for command in commands:
-        for option, value in re.findall(r"--(\w+)(?:=(\S+))?", command):
-            assert option in names | {"preset", "help"}, command
-            assert option != "preset" or value in PRESETS, command
 
 
 def test_every_file_of_its_tree_exists_and_every_module_is_in_it():
