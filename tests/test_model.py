@@ -1,10 +1,12 @@
 """Networks: public checkpoints fit, every option trains, bad combinations are refused."""
 
+import copy
 import dataclasses
 import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
 
@@ -12,7 +14,7 @@ import bench
 import model
 from cfg import Config
 from model import build_model, extra_loss, predict_tta
-from networks import decoder, weights
+from networks import decoder, encoder, weights
 from networks.weights import load_weights
 from openfwi.modes import MODE_SHAPES
 from utils import mirror_survey
@@ -81,32 +83,120 @@ def test_keys_and_shapes_are_those_of_the_public_checkpoints(shared_data, option
     assert sum(p.numel() for p in net.parameters()) == public["parameters"]
 
 
+TOLERANCE = 0.005  # m/s, of a map; ours and the public outputs differ by 0.001
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data):
+    """Public networks filled by the rule, and what the public code gives for a real gather."""
+    seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))[None].float()
+    found = {}
+    for form, name, options in (("ConvNeXt", "convnext_atto", {}), ("CAFormer", "caformer_s18", CAFORMER)):
+        outputs = np.load(shared_data / "baseline" / f"golden_{name}.npz")
+        found[form] = fill_by_rule(network(**options)).eval(), seis, outputs
+    return found
+
+
+def farthest(prediction, output):
+    return np.abs(prediction.numpy()[0, 0] - output).max()
+
+
 @pytest.mark.realdata
-def test_output_on_a_real_gather_is_the_baselines(shared_data):
+@pytest.mark.parametrize("form", ["ConvNeXt", "CAFormer"])
+@torch.no_grad()
+def test_output_on_a_real_gather_is_the_publics(golden, form):
+    net, seis, outputs = golden[form]
+    assert farthest(net(seis), outputs["plain"]) < TOLERANCE
+    assert farthest(predict_tta(net, seis), outputs["mirror_tta"]) < TOLERANCE
+
+
+def replaced(kind, make):
+    """Put `make(module)` in the place of every module of a kind."""
+
+    def change(net):
+        found = [(m, name, c) for m in net.modules() for name, c in m.named_children() if type(c) is kind]
+        assert found
+        for module, name, child in found:
+            setattr(module, name, make(child))
+
+    return change
+
+
+def altered(kind, part="", **values):
+    """Give every module of a kind, within a part of the network, other attributes."""
+
+    def change(net):
+        found = [m for name, m in net.named_modules() if isinstance(m, kind) and name.startswith(part)]
+        assert found
+        for module in found:
+            vars(module).update(values)
+
+    return change
+
+
+OTHER_CHOICES = {  # layers without parameters, which no key or shape tells from others
+    "ConvNeXt": {
+        "GELU by tanh": replaced(nn.GELU, lambda m: nn.GELU("tanh")),
+        "instance norm with eps 1e-6": altered(nn.InstanceNorm2d, eps=1e-6),
+        "stem padded with zeros": replaced(encoder.ReflectionPad, lambda m: nn.ZeroPad2d(m.padding)),
+        "stem padded with its edge": replaced(
+            encoder.ReflectionPad, lambda m: nn.ReplicationPad2d(m.padding)
+        ),
+        "decoder with leaky ReLU": replaced(nn.ReLU, lambda m: nn.LeakyReLU(0.01)),
+        "decoder padded by reflection": altered(nn.Conv2d, "decoder", padding_mode="reflect"),
+        "bounded output": altered(model.UNet, bounded=True),
+    },
+    "CAFormer": {
+        "SCSE with ReLU": replaced(nn.Tanh, lambda m: nn.ReLU()),
+        "SCSE with hard sigmoids": replaced(nn.Sigmoid, lambda m: nn.Hardsigmoid()),
+        "mean over time replaced by the largest": replaced(
+            nn.AvgPool2d, lambda m: nn.MaxPool2d(m.kernel_size, m.stride)
+        ),
+        "shuffle padded with its edge": replaced(nn.ZeroPad2d, lambda m: nn.ReplicationPad2d(m.padding)),
+        "layer norm with eps 1e-5": altered(timm.layers.LayerNorm2d, eps=1e-5),
+        "decoder with leaky ReLU": replaced(nn.ReLU, lambda m: nn.LeakyReLU(0.01)),
+        "decoder padded by reflection": altered(nn.Conv2d, "decoder", padding_mode="reflect"),
+        "stem padded with zeros": replaced(encoder.ReflectionPad, lambda m: nn.ZeroPad2d(m.padding)),
+    },
+}
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    "form, choice", [(form, choice) for form, choices in OTHER_CHOICES.items() for choice in choices]
+)
+@torch.no_grad()
+def test_the_public_output_tells_every_choice_without_parameters_from_another(golden, form, choice):
+    net, seis, outputs = golden[form]
+    other = copy.deepcopy(net)
+    OTHER_CHOICES[form][choice](other)
+    assert farthest(other(seis), outputs["plain"]) > 2 * TOLERANCE
+
+
+def test_norms_activations_and_drop_path_are_those_of_the_public_description():
+    """What a published network is, where outputs alone would tell it only faintly."""
+    net = network()
+    norms = [m for m in net.modules() if isinstance(m, nn.InstanceNorm2d)]
+    assert norms and all(m.eps == 1e-5 and m.affine and not m.track_running_stats for m in norms)
+    assert all(m.approximate == "none" for m in net.modules() if isinstance(m, nn.GELU))
+    assert not any(isinstance(m, timm.layers.DropPath) for m in net.modules())
+    norms = [m for m in network(**CAFORMER).modules() if isinstance(m, nn.LayerNorm)]
+    assert norms and all(m.eps == 1e-6 for m in norms)  # timm's own
+
+
+def test_another_norm_gives_another_map():
+    """Instance and layer norm have the same keys and shapes: the option alone tells them apart."""
     net = fill_by_rule(network()).eval()
-    seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))[None].float()
-    golden = np.load(shared_data / "baseline" / "golden_convnext_atto.npz")
+    layer_norm = network(norm="layer").eval()
+    load_weights(layer_norm, net.state_dict())
     with torch.no_grad():
-        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() < 0.05
-        assert np.abs(predict_tta(net, seis)[0, 0].numpy() - golden["mirror_tta"]).max() < 0.05
-        layer_norm = network(norm="layer").eval()
-        load_weights(layer_norm, net.state_dict())
-        assert np.abs(layer_norm(seis)[0, 0].numpy() - golden["plain"]).max() > 50  # the norm matters
+        assert (layer_norm(gathers(1)) - net(gathers(1))).abs().max() > 50
 
 
-@pytest.mark.realdata
-def test_output_of_the_caformer_form_is_the_publics(shared_data):
-    """SCSE's activation has no parameters, so that only numbers tell it from another."""
-    net = fill_by_rule(network(**CAFORMER)).eval()
-    seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))[None].float()
-    golden = np.load(shared_data / "baseline" / "golden_caformer_s18.npz")
-    with torch.no_grad():
-        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() < 0.05
-        assert np.abs(predict_tta(net, seis)[0, 0].numpy() - golden["mirror_tta"]).max() < 0.05
-        for block in net.decoder.modules():
-            if isinstance(block, decoder.SCSE):
-                block.cSE[2] = nn.ReLU()
-        assert np.abs(net(seis)[0, 0].numpy() - golden["plain"]).max() > 10
+def test_inversionnets_layers_without_parameters_are_the_papers():
+    kinds = {type(m): m for m in network(arch="inversionnet").modules()}
+    assert kinds[nn.LeakyReLU].negative_slope == 0.2 and kinds[nn.BatchNorm2d].eps == 1e-5
+    assert nn.Tanh in kinds and kinds[nn.ZeroPad2d].padding == (-5, -5, -5, -5)
 
 
 # ------------------------------------------------------------------ parts
