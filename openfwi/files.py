@@ -1,208 +1,38 @@
-"""OpenFWI and Kaggle files: found, paired, indexed, checked, and read a sample at a time.
+"""OpenFWI and Kaggle files: paired, checked, and read one sample at a time.
 
 Layouts (n samples a file, 500 in OpenFWI), under any folders:
     <Family>/data/data{N}.npy    (n, 5, 1000, 70)    <Family>/model/model{N}.npy  (n, 1, 70, 70)
     <Family>/seis{K}_1_{M}.npy   (n, 5, 1000, 70)    <Family>/vel{K}_1_{M}.npy    (n, 1, 70, 70)
-Velocity maps may be (n, 70, 70). Seismic and velocity are floats or whole numbers; velocity in m/s. Names are
-read without regard to case; hidden files and folders are left alone.
+Velocity maps may be (n, 70, 70). Seismic and velocity are floats or whole numbers; velocity in m/s. Upper and
+lower case are the same in names; hidden files and folders are ignored.
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from openfwi.find import ANY_NPY, SEIS_NAME, family_of, find_files, say_unknown_names, velocity_of
+from openfwi.index import N_READERS, Index
 from openfwi.modes import MODE_SHAPES
-from openfwi.npy import MAP_SHAPE, NpyFile, check_finite, check_shape, read_header
-from utils import FAMILIES, check_family, write_atomic
+from openfwi.npy import MAP_SHAPE, NpyFile, check_finite, check_shape
+from utils import check_family
 
-FULL_CHECK_GB = 4  # sets up to this size are read whole at start; of larger ones three samples a file
+FULL_CHECK_GB = 4  # up to this size all values of a data set are read at the start; else three samples a file
 
-SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
+MANIFEST = "pack.json"  # in a packed copy's folder: its mode and checksums
 
-VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
-
-ANY_NPY = re.compile(r"[^.].*\.npy", re.IGNORECASE | re.ASCII | re.DOTALL)  # hidden files are left alone
-
-VEL_PREFIX = {"data": "model", "seis": "vel"}
-
-MANIFEST = "pack.json"  # in the root of a packed copy: its mode and checksums
-
-MAX_WHOLE_AMPLITUDE = 1000  # of gathers in whole numbers; beyond it they were scaled to fill their type
-
-N_READERS = 8  # threads that wait for the disk while files are indexed or checked
-
-SETTLED_NS = 2_000_000_000  # a file changed later than this before indexing could change again unseen
-
-# ---------------------------------------------------------------- finding
-
-
-def family_in(path):
-    """The family named by the nearest folder above a file, or None."""
-    names = {family.lower(): family for family in FAMILIES}
-    return next((names[folder.name.lower()] for folder in path.parents if folder.name.lower() in names), None)
-
-
-def family_of(path):
-    """As `family_in`, but a file under no family's folder raises ValueError."""
-    if family := family_in(path):
-        return family
-    folder = path.parent.parent if path.parent.name.lower() in VEL_PREFIX else path.parent
-    try:
-        return check_family(folder.name)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; rename the folder to its family") from None
-
-
-def find_files(root, pattern, problems=None):
-    """Files below `root` whose name fits, in natural order; links are followed, each folder is seen once.
-
-    Hidden folders are left out. A folder that cannot be read raises ValueError, or is added to `problems`.
-    """
-    found, seen = [], set()
-
-    def unreadable(error):
-        problem = (
-            f"{error.filename}: folder cannot be read ({error.strerror}); "
-            "check its permissions, or move it elsewhere"
-        )
-        if problems is None:
-            raise ValueError(problem)
-        problems.append(problem)
-
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
-        try:
-            status = os.stat(folder)
-        except OSError as error:
-            unreadable(error)
-            continue
-        # where a file system has no numbers for its folders, as some of Windows have none, the path serves
-        identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
-        if identity in seen:
-            folders.clear()
-            continue
-        seen.add(identity)
-        found += [os.path.join(folder, name) for name in names if pattern.fullmatch(name)]
-    found.sort(key=lambda path: [int(w) if w.isdecimal() else w for w in re.split(r"([0-9]+)", path)])
-    return [Path(path) for path in found]
-
-
-def velocity_name(seis_name):
-    """The name of the velocity file that belongs to a seismic file's name; other names stay as they are."""
-    return SEIS_NAME.sub(lambda m: f"{VEL_PREFIX[m[1].lower()]}{m[2]}.npy", seis_name)
-
-
-def velocity_of(seis):
-    """The velocity file of a seismic file: beside it, or in the `model` folder beside its own.
-
-    Names are read without regard to case. Raises ValueError where there is none, or more than one.
-    """
-    name = velocity_name(seis.name)
-    prefix = VEL_NAME.fullmatch(name)[1]
-    for vel in (seis.parent.parent / prefix / name, seis.parent / name):
-        if os.path.isfile(vel):
-            return vel
-    folders = [*_entries(seis.parent.parent, prefix), seis.parent]
-    found = [vel for folder in folders for vel in _entries(folder, name) if os.path.isfile(vel)]
-    if len(found) == 1:
-        return found[0]
-    what = f"several files fit: {', '.join(vel.name for vel in found)}" if found else "no velocity file"
-    raise ValueError(f"{seis}: {what} {name} beside it or in a folder {prefix}/")
-
-
-def _entries(folder, name):
-    """What in a folder has this name, in whatever case."""
-    try:
-        return [folder / entry for entry in os.listdir(folder) if entry.lower() == name]
-    except OSError:
-        return []
-
-
-def say_unknown_names(files):
-    """Print how many of these .npy files are named as neither gathers nor velocity maps, if any are."""
-    unknown = [
-        path for path in files if not (SEIS_NAME.fullmatch(path.name) or VEL_NAME.fullmatch(path.name))
-    ]
-    if unknown:
-        what = "1 .npy file is" if len(unknown) == 1 else f"{len(unknown)} .npy files are"
-        print(f"left out: {what} not named as data, first: {unknown[0]}", flush=True)
-
-
-# ---------------------------------------------------------------- the index
-
-
-class Index:
-    """The headers under a root, kept between runs in the user's cache folder.
-
-    A header is read again when the file's size or times differ, or were too new to be told apart.
-    A cache that cannot be read or written, or holds anything else, is as none.
-    """
-
-    def __init__(self, root):
-        folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-        self.cache = Path(folder, "openfwi-index", f"{name}.json")
-        try:
-            kept = json.loads(self.cache.read_text(encoding="utf-8"))
-            self.known = dict(kept["files"]) if kept["sha256"] == _checksum(kept["files"]) else {}
-        except (OSError, ValueError, TypeError, KeyError):
-            self.known = {}
-
-    def remembered(self, path):
-        """The header as it was, where the file still is as it was; else None."""
-        try:
-            status = os.stat(path)
-            shape, kind, offset, *times = self.known[str(path)]
-            file = NpyFile(path, tuple(shape), np.dtype(kind), offset, *times)
-            same = (file.n_bytes, *times) == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        except (OSError, KeyError, ValueError, TypeError):
-            return None
-        return file if same else None
-
-    def headers(self, paths):
-        """{path: header or ValueError} of many files, read side by side; remembers the good ones."""
-        settled = time.time_ns() - SETTLED_NS
-        found = {path: self.remembered(path) for path in paths}
-        missing = [path for path, file in found.items() if file is None]
-        with ThreadPoolExecutor(N_READERS) as pool:
-            found |= zip(missing, pool.map(_header_or_error, missing), strict=True)
-        entries = {
-            str(path): [file.shape, file.stored.str, file.offset, file.mtime_ns, file.ctime_ns]
-            for path, file in found.items()
-            if isinstance(file, NpyFile) and max(file.mtime_ns, file.ctime_ns) < settled
-        }
-        if json.loads(json.dumps(entries)) != self.known:
-            text = json.dumps({"sha256": _checksum(entries), "files": entries})
-            with contextlib.suppress(OSError), write_atomic(self.cache, "w") as file:
-                file.write(text)
-        return found
-
-
-def _checksum(entries):
-    """Of the index's entries: one that was damaged or edited is not believed."""
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def _header_or_error(path):
-    try:
-        return read_header(path)
-    except ValueError as error:
-        return error
+MAX_WHOLE_AMPLITUDE = 1000  # of gathers in whole numbers; larger ones were scaled to fill their type
 
 
 @dataclass(frozen=True)
 class FilePair:
-    """A seismic file and its velocity file, `n` samples each; gathers have the shape of input mode `mode`."""
+    """A seismic file and its velocity file of `n` samples each; gathers have the shape of the input mode."""
 
     gathers: NpyFile
     maps: NpyFile
@@ -216,7 +46,7 @@ class FilePair:
 
 
 def check_folder(root):
-    """Raise ValueError unless a folder of training files is there."""
+    """Raise ValueError unless `root` is a folder."""
     if not Path(root).is_dir():
         raise ValueError(
             f"{root}: no such folder; give the OpenFWI or Kaggle training files by --data_root=DIR"
@@ -224,10 +54,10 @@ def check_folder(root):
 
 
 def scan(roots, families=()):
-    """Find every file pair under `roots`, headers only: (pairs, what is wrong with others, a line each).
+    """Find every file pair under `roots`, reading headers only: (pairs, problems with others, a line each).
 
-    A file that is found twice, by links or roots within each other, counts once, and so does its copy.
-    Raises ValueError for missing or empty folders and unknown families.
+    A file that is found twice, through links or folders within each other, counts once, and so does a copy of
+    it. Raises ValueError for missing or empty folders and unknown families.
     """
     wanted = [check_family(family) for family in families]
     pairs, problems, seen = [], [], set()
@@ -261,8 +91,8 @@ def scan(roots, families=()):
 def without_copies(pairs):
     """The pairs, without those that hold the same maps as an earlier one of the same name and family.
 
-    Such copies, as of the competition's files beside the whole set, would be trained and validated on at
-    once. How many were left out is printed.
+    Copies, for example of the competition's files next to the whole set, could be both trained and validated
+    on. How many are left out is printed.
     """
     kept, copies, by_name = [], [], {}
     for pair in pairs:
@@ -281,17 +111,17 @@ def without_copies(pairs):
 
 
 def same_maps(pair, other):
-    """Whether two pairs hold the same velocity maps, in float16 at least: precision may differ."""
+    """Whether two pairs hold the same velocity maps in float16, since their precision may differ."""
     if pair.n != other.n:
         return False
     try:
         return all(np.array_equal(np.float16(pair.maps[i]), np.float16(other.maps[i])) for i in range(pair.n))
-    except ValueError:  # unreadable by now, which the check of values says
+    except ValueError:  # no longer readable, which the check of values reports
         return False
 
 
 def pair_up(gathers, maps, family):
-    """A `FilePair` of two headers; raises ValueError for what does not fit, or what either was instead."""
+    """Make a `FilePair` of two headers. Raises ValueError if they do not fit, or if one is a ValueError."""
     for file in (gathers, maps):
         if isinstance(file, ValueError):
             raise file
@@ -323,18 +153,17 @@ def _manifest_in(folder):
 
 
 def manifest_above(path):
-    """The packed copy that holds the file, and its manifest: (folder, dict), or (None, {})."""
+    """The packed copy that holds the file, and its manifest: (folder, dictionary), or (None, {})."""
     folders = path.absolute().parents
     return next(((folder, found) for folder in folders if (found := _manifest_in(folder))), (None, {}))
 
 
 def find_pairs(roots, families=(), skip_bad=False):
-    """Find and check every file pair under `roots`; headers only.
+    """Find and check every file pair under `roots`, reading headers only.
 
-    Raises ValueError, naming the file, for missing or empty folders, a seismic
-    file without velocity, shapes, dtypes and counts that do not fit, an unknown
-    family, and families asked for that are not there. With `skip_bad` bad files
-    are left out and said, a line each.
+    Raises ValueError, which names the file, for missing or empty folders, seismic files without velocity
+    files, shapes, dtypes and counts that do not fit, unknown families, and families that are asked for but
+    missing. With `skip_bad`, bad files are left out, with a line for each.
     """
     pairs, problems = scan(roots, families)
     if problems and not skip_bad:
@@ -356,7 +185,7 @@ def find_pairs(roots, families=(), skip_bad=False):
 
 
 def read_into(pair, index, seis, vel, check=True):
-    """Sample `index` into `seis` (5, T, R) and `vel` (1, 70, 70), read once, converted once, finite."""
+    """Read sample `index` into `seis` (5, T, R) and `vel` (1, 70, 70); raises ValueError unless finite."""
     for file, out, what in ((pair.gathers, seis, "seismic"), (pair.maps, vel, "velocity")):
         if out.dtype == file.dtype:
             file.read_into(index, out)
@@ -367,14 +196,14 @@ def read_into(pair, index, seis, vel, check=True):
 
 
 def read_sample(pair, index):
-    """Sample of a file pair: seis (5, T, R) and vel (1, 70, 70), fresh, in the files' dtypes, finite."""
+    """Read a sample of a file pair: new arrays seis (5, T, R) and vel (1, 70, 70) in the files' dtypes."""
     arrays = [np.empty(file.shape[1:], file.dtype) for file in (pair.gathers, pair.maps)]
     read_into(pair, index, *arrays)
     return arrays
 
 
 def check_pair(pair, indices):
-    """Read these samples: the smallest and largest value of seismic and velocity, (4,).
+    """Read the samples `indices`: smallest and largest value of the seismic, then of the velocity, (4,).
 
     Raises ValueError for NaN, infinity, wrong units and gathers of zeros.
     """
@@ -401,14 +230,15 @@ def check_pair(pair, indices):
 
 
 def some_samples(pair):
-    """The first, middle and last sample."""
+    """Indices of the first, middle and last sample."""
     return sorted({0, pair.n // 2, pair.n - 1})
 
 
 def check_values(pairs, skip_bad=False):
-    """Read values for `check_pair`: all of a small set, some of a large one; returns the good pairs.
+    """Check the values of all samples of a small data set, or of some samples of a large one.
 
-    Raises ValueError for the first bad pair in order, or with `skip_bad` says each and leaves it out.
+    Returns the good pairs. Raises ValueError for the first bad pair; with `skip_bad`, bad pairs are left out,
+    with a line for each.
     """
     is_small = sum(pair.gathers.n_bytes for pair in pairs) / 1e9 <= FULL_CHECK_GB
 

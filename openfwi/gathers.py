@@ -1,4 +1,4 @@
-"""What `infer.py` reads: shot gathers, found, checked and read, and the true maps that belong to them."""
+"""The inputs of `infer.py`: shot gathers, found, checked and read, and the true maps that belong to them."""
 
 import functools
 import hashlib
@@ -10,26 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from openfwi.files import (
-    ANY_NPY,
-    FULL_CHECK_GB,
-    MAX_WHOLE_AMPLITUDE,
-    SEIS_NAME,
-    SETTLED_NS,
-    VEL_NAME,
-    family_in,
-    find_files,
-    velocity_name,
-)
+from openfwi.files import FULL_CHECK_GB, MAX_WHOLE_AMPLITUDE
+from openfwi.find import ANY_NPY, SEIS_NAME, VEL_NAME, family_in, find_files, velocity_name
+from openfwi.index import SETTLED_NS
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_array, check_finite, open_array
 
-MAX_AMPLITUDE = 1e15  # OpenFWI's are about 50; the square of a larger one leaves float32's range
+MAX_AMPLITUDE = 1e15  # OpenFWI's are about 50; the squares of larger ones exceed float32's range
 DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Gather:
-    """One gather to predict: `index` in a file of many, None where the file holds this gather alone."""
+    """A gather to predict: `index` within its file, or None if the file holds this gather alone."""
 
     oid: str
     path: Path
@@ -41,13 +33,13 @@ class Gather:
 
 
 def stamp_of(file, now_ns):
-    """A file's size and times: equal ones mean equal contents. Zeros where the file is too new to be sure."""
+    """A file's size and times, which change with its contents; zeros if it is too new to be sure of that."""
     is_settled = max(file.mtime_ns, file.ctime_ns) < now_ns - SETTLED_NS
     return (file.n_bytes, file.mtime_ns, file.ctime_ns) if is_settled else (0, 0, 0)
 
 
 def check_id(oid, path):
-    """Raise ValueError unless an id can stand in a CSV as it is."""
+    """Raise ValueError for an id that a CSV cannot hold without quotes."""
     if not oid.isprintable() or {",", '"'} & set(oid):
         raise ValueError(
             f"{str(path)!a}: the id {oid!a} holds a comma, a quote or an unprintable character, "
@@ -56,21 +48,22 @@ def check_id(oid, path):
 
 
 def find_gathers(root):
-    """Every gather of a file or folder, in name order; headers checked.
+    """Every gather of a file or folder, in the order of names, with headers checked.
 
-    A file that holds one gather gives its name as id, a file of many its path below `root` and the index:
-    FlatVel_A_data_data1_0. So does a file of one with an OpenFWI name, without the index. Raises ValueError
-    for a missing or empty folder, wrong shapes or dtypes, ids that collide and ids that no CSV can hold.
+    The id of a gather that has its own file is the file's name. In a file of many, it is the path below
+    `root` and the index: FlatVel_A_data_data1_0; without the index for a single gather in a file named as
+    OpenFWI's. Raises ValueError for a missing or empty folder, wrong shapes or dtypes, equal ids, and ids
+    that no CSV can hold.
     """
     root, now_ns = Path(root), time.time_ns()
-    open_array.cache_clear()  # files may be others than in an earlier call
+    open_array.cache_clear()  # files may have changed since an earlier call
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
     files = [root] if root.is_file() else find_files(root, ANY_NPY)
     gathers, seen = [], {}
     for path in files:
         if root.is_dir() and VEL_NAME.fullmatch(path.name):
-            continue  # velocity maps beside their gathers
+            continue  # velocity maps next to their gathers
         file = check_array(path, [GATHER_SHAPE, (None, *GATHER_SHAPE)], "shot gathers")
         below = (path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts
         n = 1 if file.ndim == len(GATHER_SHAPE) else len(file)
@@ -91,10 +84,10 @@ def find_gathers(root):
 
 
 def find_truths(root, gathers):
-    """The true map of each gather as (path, index, family or None).
+    """Where the true map of each gather lies: (path, index, family or None) each.
 
-    `root` holds `<id>.npy` maps, or OpenFWI velocity files under their families' folders.
-    Raises ValueError naming the first gather without one, and maps of a wrong shape.
+    `root` holds maps `<id>.npy`, or OpenFWI's velocity files in the folders of their families. Raises
+    ValueError for a gather without a true map, and for maps of a wrong shape.
     """
     if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder; give the true maps by --truth=DIR")
@@ -125,9 +118,10 @@ def find_truths(root, gathers):
 
 
 class GatherDataset:
-    """Gathers read in batches, as float32, with a digest of what the file holds of each.
+    """Gathers read in batches, as float32, with a digest of each one's values in the file.
 
-    Raises ValueError, naming file and sample, for NaN, infinity, zeros alone and impossible amplitudes.
+    Reading raises ValueError, which names file and sample, for NaN, infinity, gathers of zeros and impossible
+    amplitudes.
     """
 
     def __init__(self, gathers):
@@ -153,7 +147,7 @@ class GatherDataset:
         values = np.asarray(file) if gather.index is None else file[gather.index]
         check_finite(values, gather.path, gather.index or 0, "seismic")
         digest = hashlib.blake2b(values, digest_size=DIGEST_BYTES, person=file.stored.str.encode())
-        with np.errstate(over="ignore"):  # of float64; said below
+        with np.errstate(over="ignore"):  # of float64; refused below
             row[:] = values.reshape(GATHER_SHAPE)
         most = max(row.max(), -row.min())
         if most > (MAX_AMPLITUDE if file.stored.kind == "f" else MAX_WHOLE_AMPLITUDE):
@@ -167,14 +161,14 @@ class GatherDataset:
 
 
 def check_values(gathers):
-    """Read the gathers for NaN and infinity before any work; very many are checked as they are used."""
+    """Check the values of all gathers before any work; of very many, each is checked when it is used."""
     if len(gathers) * math.prod(GATHER_SHAPE) * 4 / 1e9 <= FULL_CHECK_GB:
         for _ in map(GatherDataset(gathers).__getitem__, range(len(gathers))):
             pass
 
 
 def read_truth(path, index, family=None):
-    """A true map as (1, 70, 70) float32 m/s; arguments as `find_truths` gives them."""
+    """Read a true map (1, 70, 70) float32 m/s, given what `find_truths` returns for it."""
     file = open_array(path)
     truth = np.array(file if index is None else file[index], np.float32)
     return torch.from_numpy(truth.reshape(MAP_SHAPE))

@@ -21,16 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from openfwi.files import (
-    MANIFEST,
-    N_READERS,
-    check_pair,
-    family_in,
-    find_pairs,
-    manifest_above,
-    scan,
-    some_samples,
-)
+from openfwi.files import MANIFEST, check_pair, find_pairs, manifest_above, scan, some_samples
+from openfwi.find import family_in
+from openfwi.index import N_READERS
 from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
 from utils import FAMILIES, sole_use, write_atomic
@@ -43,7 +36,7 @@ HALF_MAX = 65504.0  # float16's largest number
 
 
 def look(pair, verify):
-    """The smallest and largest values of some or all samples, (4,), or the ValueError that they raised."""
+    """Value ranges as `check_pair` returns them, of some or all samples, or the ValueError it raised."""
     try:
         if verify:
             check_sums(pair)
@@ -53,7 +46,7 @@ def look(pair, verify):
 
 
 def check_sums(pair):
-    """Compare a packed pair with its manifest; raises ValueError for other bytes."""
+    """Raise ValueError if the files of a packed pair differ from their checksums."""
     folder, manifest = manifest_above(pair.seis)
     for path in (pair.seis, pair.vel) if manifest else ():
         entry = manifest["files"].get(path.absolute().relative_to(folder).as_posix(), {})
@@ -62,6 +55,7 @@ def check_sums(pair):
 
 
 def sha256(path):
+    """SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -70,7 +64,7 @@ def sha256(path):
 
 
 def overview(roots, verify=False):
-    """Print the table of all that is under `roots`; returns what is wrong, a line each."""
+    """Print a table of all data under `roots`; returns the problems found, a line each."""
     pairs, problems = scan(roots)
     ranges = {}
     n_bytes = {pair: pair.gathers.n_bytes + pair.maps.n_bytes for pair in pairs}
@@ -95,7 +89,7 @@ def overview(roots, verify=False):
 
 
 def table_row(name, pairs, ranges, n_bytes):
-    """Files, samples, GB, ranges of values, and which dtypes (seismic/velocity, input mode) how often."""
+    """A row of the table: files, samples, GB, value ranges, dtypes (seismic/velocity, input mode)."""
     kinds = {}
     for pair in pairs:
         kind = f"{pair.gathers.dtype}/{pair.maps.dtype}" + (f" {pair.mode}" if pair.mode != "full" else "")
@@ -114,12 +108,12 @@ def table_row(name, pairs, ranges, n_bytes):
 
 
 def pack(root, out, mode):
-    """Copy every pair under `root` to `out`: gathers in the shape of `mode`, float16; maps float32.
+    """Copy every pair under `root` to `out`: gathers in float16 and the shape of `mode`, maps in float32.
 
-    The files keep their names, so `out` is a data root; its manifest holds the
-    mode, each file's checksum and what its source was. What is there already is
-    left alone, so that a stopped run goes on; the bytes are those of an unbroken
-    one. Raises ValueError for a folder in the way, no room, and bad files.
+    Files keep their names, so that `out` can be used like any data folder. Its manifest holds the mode, and
+    the checksum and source of each file. Files that are complete are kept, so that a stopped run can be
+    continued, with the same bytes in the end. Raises ValueError if other files are in the way, if there is no
+    room, and for bad files.
     """
     root, out = Path(root), Path(out)
     if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
@@ -130,7 +124,7 @@ def pack(root, out, mode):
 
 
 def _pack(root, out, mode):
-    """As `pack`, while nobody else writes into `out`."""
+    """`pack`, while no other process writes into `out`."""
     pairs = find_pairs([root])
     if packed := next((pair for pair in pairs if pair.mode != "full"), None):
         raise ValueError(f"{packed.seis}: packed already, for {packed.mode}; pack the original files")
@@ -157,7 +151,7 @@ def _pack(root, out, mode):
 
 
 def jobs_of(pair, root, mode):
-    """(name below the copy, what the source is, file, a sample's shape, dtype) of gathers and maps."""
+    """Yield (name in the copy, source, file, shape of a sample, dtype) for a pair's gathers and its maps."""
     for file, shape, kind in (
         (pair.gathers, MODE_SHAPES[mode], np.dtype(np.float16)),
         (pair.maps, MAP_SHAPE, np.dtype(np.float32)),
@@ -168,13 +162,14 @@ def jobs_of(pair, root, mode):
 
 
 def is_packed(out, manifest, name, source, file, shape, kind):
-    """Whether the copy's file is there, whole, and of this very source."""
+    """Whether a file of the copy is complete and made from this very source."""
     path, entry = out / name, manifest.get("files", {}).get(name, {})
     n_bytes = 128 + len(file) * math.prod(shape) * kind.itemsize
     return entry.get("source") == source and path.is_file() and path.stat().st_size == n_bytes
 
 
 def write_manifest(out, mode, files):
+    """Write the manifest of a packed copy."""
     with write_atomic(out / MANIFEST, "w") as file:
         file.write(json.dumps({"mode": mode, "dtype": "float16", "files": files}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The input modes: what a network sees of a full gather of 5 x 1000 x 70."""
+"""Input modes: the part of a full gather (5, 1000, 70) that a network gets."""
 
 import torch.nn.functional as F
 
@@ -6,10 +6,10 @@ from openfwi.npy import GATHER_SHAPE
 
 
 def preprocess(seis, mode):
-    """Full gathers (B, 5, 1000, 70) float32 -> those of an input mode: (B, *MODE_SHAPES[mode]).
+    """Bring full gathers (B, 5, 1000, 70) float32 into an input mode: (B, *MODE_SHAPES[mode]).
 
-    Gathers of a packed copy, which have the mode's shape already, stay as they are. All modes commute with
-    `mirror_survey`. Raises ValueError for an unknown mode.
+    Gathers of a packed copy have the mode's shape already and are returned as they are. A mirrored gather
+    gives the mirrored result. Raises ValueError for an unknown mode.
     """
     check_mode(mode)
     if seis.shape[-2:] == MODE_SHAPES[mode][-2:]:
@@ -24,9 +24,9 @@ def check_mode(mode):
 
 
 def early_arrivals(seis):
-    """smart_256x72: the first 512 samples, halved to 256 by a binomial low-pass; the edge receivers repeated.
+    """smart_256x72: the first 512 samples, low-passed and halved to 256, with the edge receivers repeated.
 
-    The signal ends near 45 Hz; 250 Hz remain.
+    250 samples a second are enough for a signal that ends near 45 Hz.
     """
     n_batch, n_sources, _, n_receivers = seis.shape
     kernel = seis.new_tensor([[[1, 3, 3, 1]]]) / 8
@@ -37,7 +37,7 @@ def early_arrivals(seis):
 
 
 def small_image(seis):
-    """small_72x72, as the public preprocessed set: the means of 70 x 70 areas, the edges repeated."""
+    """small_72x72, as in the public preprocessed set: means over 70 x 70 areas, with edges repeated."""
     return F.pad(F.interpolate(seis, (70, 70), mode="area"), (1, 1, 1, 1), mode="replicate")
 
 

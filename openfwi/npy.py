@@ -1,7 +1,7 @@
-""".npy files: headers checked, rows read straight to where they belong.
+""".npy files: headers checked, rows read straight into the caller's memory.
 
-Samples are read with plain reads into the caller's memory, not through memory maps: as fast, no file stays
-open, and a file that is cut off meanwhile is an error with a name, where a map would kill the process.
+Samples are read by plain reads, not through memory maps. This is as fast, no file stays open, and a file that
+is cut off meanwhile is an error that names it, while a memory map would kill the process.
 """
 
 import functools
@@ -19,19 +19,19 @@ import numpy as np
 
 GATHER_SHAPE, MAP_SHAPE = (5, 1000, 70), (1, 70, 70)
 NUMBERS = tuple(map(np.dtype, ("f2", "f4", "f8", "i1", "u1", "i2", "u2", "i4", "u4")))
-_PARSING = threading.Lock()  # threads that parse at once make Python 3.11 fail at times (its issue 106905)
+_PARSING = threading.Lock()  # Python 3.11 sometimes fails if several threads parse at once (its issue 106905)
 
 
 @dataclass(frozen=True)
 class NpyFile:
-    """A .npy file's header and what the file was like then; its rows are read where asked for."""
+    """The header of a .npy file, with the file's times; rows are read when they are asked for."""
 
     path: Path
     shape: tuple
     stored: np.dtype  # of the file; whole numbers are read as float32
     offset: int  # bytes before the first value
     mtime_ns: int
-    ctime_ns: int  # changes, too, when another file takes the name with its old time
+    ctime_ns: int  # changes even if another file replaces it and keeps the old mtime
 
     dtype = property(lambda self: self.stored if self.stored.kind == "f" else np.dtype(np.float32))
     ndim = property(lambda self: len(self.shape))
@@ -49,9 +49,10 @@ class NpyFile:
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def read_into(self, index, out):
-        """Row `index` read straight into `out`, contiguous and of its shape and dtype; returns `out`.
+        """Read row `index` into `out`, a contiguous array of its shape and dtype; returns `out`.
 
-        Raises ValueError, naming the file, where it is gone, cut off, or another one than was indexed.
+        Raises ValueError, which names the file, if it is missing, cut off, or has changed since it was
+        indexed.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
@@ -66,7 +67,7 @@ class NpyFile:
                 left = memoryview(into.reshape(-1).view(np.uint8))
                 while left and (n := file.readinto(left)):
                     left = left[n:]
-                status = os.fstat(file.fileno())  # after the read: what changed during it shows as well
+                status = os.fstat(file.fileno())  # after reading, so that a change meanwhile is seen too
         except OSError as error:
             raise ValueError(
                 f"{self.path}: cannot be read ({error.strerror}); it was there when the files were indexed"
@@ -82,7 +83,7 @@ class NpyFile:
 
 
 def read_header(path):
-    """The header of a .npy file of numbers as an `NpyFile`; ValueError says what keeps it from being read."""
+    """Read the header of a .npy file of numbers: an `NpyFile`. Raises ValueError for anything else."""
     begin, status = _beginning(path)
     header = io.BytesIO(begin)
     try:
@@ -121,7 +122,7 @@ def read_header(path):
 
 
 def _beginning(path):
-    """The first bytes of a regular file, and its status; a pipe or a device is never opened."""
+    """The first bytes of a regular file, and its status. Pipes and devices are not opened."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -137,23 +138,23 @@ def _beginning(path):
 
 
 def _parse(header):
-    """Shape, whether in Fortran order, and dtype by a .npy file's header."""
+    """Shape, whether in Fortran order, and dtype, from a .npy file's header."""
     version = np.lib.format.read_magic(header)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(header)
-    if version in ((2, 0), (3, 0)):  # the third differs from the second in field names alone
+    if version in ((2, 0), (3, 0)):  # version 3 differs from 2 only in names of fields
         return np.lib.format.read_array_header_2_0(header)
     raise ValueError(f"format version {version[0]}.{version[1]}")
 
 
 @functools.lru_cache(maxsize=64)
 def open_array(path):
-    """As `read_header`, remembered: the file's rows by [index], all of it by np.array; nothing stays open."""
+    """`read_header`, cached: rows are read by [index], the whole file by np.array; no file stays open."""
     return read_header(path)
 
 
 def check_shape(file, shapes, what):
-    """Raise ValueError, got and expected, unless the file has one of `shapes` (None = any length)."""
+    """Return the file if it has one of `shapes` (None = any length), else raise ValueError."""
     fits = [
         len(shape) == file.ndim and all(a in (None, b) for a, b in zip(shape, file.shape, strict=False))
         for shape in shapes
@@ -168,20 +169,20 @@ def check_shape(file, shapes, what):
 
 
 def check_array(path, shapes, what):
-    """Open a .npy file of numbers of one of `shapes` (None = any length); ValueError says got, expected."""
+    """Open a .npy file of numbers with one of `shapes` (None = any length), else raise ValueError."""
     return check_shape(open_array(path), shapes, what)
 
 
 def is_finite(values):
-    """Whether all values are finite; float16 by its bits, forty times as fast as numpy's own test."""
+    """Whether all values are finite; for float16 from its bits, forty times as fast as by numpy."""
     values = np.asarray(values)
     if values.dtype != np.float16:
         return bool(np.isfinite(values).all())
-    # infinity and NaN have all exponent bits: the largest numbers of either sign, read as integers
+    # as integers, infinity and NaN are the largest numbers of either sign, since all exponent bits are set
     return bool(values.view(np.int16).max() < 0x7C00 and values.view(np.uint16).max() < 0xFC00)
 
 
 def check_finite(values, path, index, what):
-    """Raise ValueError naming file and sample unless every value is finite."""
+    """Raise ValueError, which names file and sample, unless every value is finite."""
     if not is_finite(values):
         raise ValueError(f"{path}: sample {index} of the {what} holds NaN or infinity; copy or make it again")

@@ -19,7 +19,7 @@ from numpy.lib.npyio import NpzFile
 from tqdm import tqdm
 
 import waves
-from openfwi.files import VEL_NAME, family_of, find_files
+from openfwi.find import VEL_NAME, family_of, find_files
 from openfwi.inspect_data import sha256
 from openfwi.npy import MAP_SHAPE, check_array
 from synthetic.layers import N_CELLS
