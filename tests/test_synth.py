@@ -20,7 +20,7 @@ import synth
 import waves
 from benchmarks import map_statistics, realism
 from inversion.draw_faults import fit_to_guess, random_fault
-from synthetic import dataset, layers
+from synthetic import dataset, layers, style
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
@@ -76,6 +76,24 @@ def test_range_and_whole_numbers(family):
         assert 0.05 < broken < 0.25  # soft edges
     else:
         assert broken == 0
+
+
+@pytest.mark.parametrize(("version", "error"), [("A", 1e-11), ("B", 1e-9)])
+def test_style_maps_are_the_same_bytes_where_sums_differ_in_their_last_bits(monkeypatch, version, error):
+    """Processors and libraries add in different orders; here every blur is off by thousands of times more."""
+
+    def draw():
+        maps = [style.draw_style(np.random.default_rng([3, i]), version) for i in range(20)]
+        return np.stack(maps).astype(np.float32)
+
+    expected, noise, smooth = draw(), np.random.default_rng(0), style._smooth
+
+    def off(values):
+        return values * (1 + error * noise.standard_normal(values.shape))
+
+    monkeypatch.setattr(style, "_smooth", lambda field, sigma: off(smooth(field, sigma)))
+    monkeypatch.setattr(style, "BLURS_A", [off(blur) for blur in style.BLURS_A])
+    np.testing.assert_array_equal(draw(), expected)
 
 
 def test_a_deepens_and_b_does_not():
