@@ -1,8 +1,9 @@
 """Networks on maps of all ten families: `python bench.py accuracy --ckpt best.pt --maps DIR`.
 
-DIR holds `<Family>.npz` files of real maps, key `dev`: their gathers are simulated, which reproduces real
-ones to float error. Where a family has no file there, synthetic maps are made of a seed that no training
-uses. Every network is scored plain and averaged with its mirrored view, beside the mean of synthetic maps.
+DIR holds `<Family>.npz` files of real maps under the key `dev`. Their gathers are simulated, which reproduces
+the real ones to float error. For a family without a file, synthetic maps are made from a seed that no
+training uses. Every network is scored plain and averaged with its mirrored view, next to the mean of
+synthetic maps.
 """
 
 import json
@@ -23,13 +24,16 @@ from utils import FAMILIES, pick_device, write_atomic
 from waves import simulate
 
 TEST_SEED = 987_654_321  # of synthetic test maps
-MEAN_SEED = 123_456_789  # of the maps whose mean is the predictor that looks at no gather
-N_MEAN = 100  # maps a family in it
+MEAN_SEED = 123_456_789  # of the maps whose mean is the predictor without a gather
+N_MEAN = 100  # maps of each family in that mean
 BATCH = 8
 
 
 def test_maps(folder, family, n):
-    """Real maps (key `dev`) of a family where `folder` has them, else synthetic ones: (n, 1, 70, 70) m/s."""
+    """Real maps of a family (key `dev`) if `folder` has them, else synthetic ones: (maps, which of both).
+
+    maps: (n, 1, 70, 70) m/s. Raises ValueError for files that hold anything else.
+    """
     path = Path(folder) / f"{family}.npz" if folder else None
     if path is None or not path.is_file():
         return make_maps(family, n or 40, TEST_SEED), "synthetic"
@@ -44,7 +48,7 @@ def test_maps(folder, family, n):
 
 @torch.no_grad()
 def predicted(member, seis, views):
-    """Plain and averaged maps of gathers, each (N, 1, 70, 70), and the seconds a map of each."""
+    """Plain and averaged predictions of gathers, each (N, 1, 70, 70), and the seconds each takes a map."""
     plain, mean, seconds = [], [], np.zeros(2)
     for part in seis.split(BATCH):
         begin = time.perf_counter()
@@ -76,7 +80,7 @@ class AccuracyOptions(Options):
 
 
 def measure(args):
-    """{contender: {family: (MAE, RMSE, SSIM, seconds a map)}}, and {family: what its maps are}."""
+    """{network: {family: (MAE, RMSE, SSIM, seconds a map)}}, and {family: "real" or "synthetic"}."""
     device, views = pick_device(args.device), make_views(("mirror",))
     members = {name: Member(Config(ckpt=name), name, device).load() for name in args.ckpt}
     constant, rows, kinds = mean_map(), {}, {}
@@ -97,7 +101,7 @@ def measure(args):
 
 
 def bench_accuracy(args):
-    """Print MAE by family for each contender, then RMSE, SSIM and seconds a map over all of them."""
+    """Print MAE by family for each network, then mean RMSE, SSIM and seconds a map."""
     rows, kinds = measure(args)
     width = max(len(name) for name in rows)
     initials = ["".join(c for c in family if c.isupper()) for family in FAMILIES]  # FVA, …, SB

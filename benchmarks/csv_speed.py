@@ -1,4 +1,4 @@
-"""Writing the submission: `python bench.py csv`."""
+"""Speed of writing the submission: `python bench.py csv`."""
 
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class CsvOptions(Options):
 
 
 def bench_csv(args):
-    """Write n maps as the competition's CSV; the first ones by a simple writer too, which must agree."""
+    """Write n maps as the competition's CSV, and some by a simple writer, whose bytes must be the same."""
     n, maps = args.n, np.random.default_rng(0).uniform(1500, 4500, (64, 70, 70)).astype(np.float32)
     oids = [f"{i:010x}" for i in range(n)]
 

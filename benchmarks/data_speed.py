@@ -1,9 +1,9 @@
-"""How fast samples come: `python bench.py data`, the loader against bare reading of the same files.
+"""Speed of reading: `python bench.py data`, our loader against bare reading of the same files.
 
-Contenders take turns, each over all files, first with nothing of them in the page cache, then from memory:
-`sequential` reads file after file into 1 MiB that stays in the processor's cache, as dd does, and looks at
-nothing; `batchwise` does so into the memory of a batch; `memmap` copies samples in random order out of
-np.memmap; `loader` is ours; `processes` is torch's DataLoader over the same data set.
+The ways of reading take turns, each over all files, first with no file in the page cache, then from memory.
+`sequential` reads file after file into 1 MiB, which stays in the processor's cache, as dd does. `batchwise`
+reads into the memory of a whole batch. `memmap` copies samples in random order out of np.memmap. `loader` is
+ours; `processes` is torch's DataLoader over the same data set.
 """
 
 import os
@@ -25,11 +25,11 @@ from options.fields import Options, Section
 from training.loader import make_loaders
 from utils import Process, keep_memory, write_json
 
-BLOCK = 1 << 20  # bytes a read of `sequential`
+BLOCK = 1 << 20  # bytes that `sequential` reads at once
 
 
 def write_files(root, n_files, n_samples, dtype):
-    """OpenFWI-like files of random numbers."""
+    """Write files of random numbers in OpenFWI's layout."""
     rng = np.random.default_rng(0)
     for number in range(1, n_files + 1):
         for name, shape, kind in (("data", GATHER_SHAPE, dtype), ("model", MAP_SHAPE, "float32")):
@@ -42,7 +42,7 @@ def write_files(root, n_files, n_samples, dtype):
 
 
 def forget(paths):
-    """Take the files out of the page cache."""
+    """Remove the files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -50,6 +50,7 @@ def forget(paths):
 
 
 def read_sequentially(paths, n_bytes=BLOCK):
+    """Read files one after another, `n_bytes` at a time."""
     block = bytearray(n_bytes)
     for path in paths:
         with open(path, "rb", buffering=0) as file:
@@ -58,6 +59,7 @@ def read_sequentially(paths, n_bytes=BLOCK):
 
 
 def read_mapped(pairs, order):
+    """Copy samples, (pair, index) each, out of memory maps."""
     maps = [[np.load(path, mmap_mode="r") for path in (pair.seis, pair.vel)] for pair in pairs]
     for k, i in order:
         for array in maps[k]:
@@ -65,6 +67,7 @@ def read_mapped(pairs, order):
 
 
 def drain(loader):
+    """Read all batches of a loader; returns the number of samples."""
     n = 0
     for batch in loader:
         n += len(batch[0])
@@ -72,7 +75,10 @@ def drain(loader):
 
 
 def own_memory():
-    """Bytes that are this process's alone (USS) and its share of all (PSS); ValueError where nobody tells."""
+    """Bytes of this process alone (USS), and with its share of common memory (PSS).
+
+    Raises ValueError if the system does not report them.
+    """
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
@@ -82,6 +88,7 @@ def own_memory():
 
 
 def loader_of(items, workers, batch_size):
+    """Our training loader over these items."""
     cfg = Config(batch_size=batch_size, workers=workers)
     return make_loaders(cfg, Process(torch.device("cpu")), items, items[:1])[0]
 
@@ -107,7 +114,7 @@ class DataOptions(Options):
 
 
 def bench_data(args):
-    """Print how fast the loader reads, beside bare reading of the same files; with --soak its memory."""
+    """Print how fast the loader reads, against bare reading of the same files; with --soak its memory."""
     if args.cold and not args.soak and not hasattr(os, "posix_fadvise"):
         raise ValueError("--cold: this system cannot take files out of memory, Linux can; use --cold=0")
     keep_memory()
@@ -163,9 +170,9 @@ def bench_data(args):
 
 
 def table(times, cpu_s, n, sample_bytes):
-    """Print medians, each contender's rate over the sequential one's in the same round (median), CPU time.
+    """Print and return medians: rates, their ratios to sequential reading in the same turn, CPU times.
 
-    The CPU time, all threads', is of this process alone: worker processes' own is not in it.
+    CPU time is that of all threads of this process; worker processes are not counted.
     """
     columns = "".join(
         f"{state:>8} {'samples/s':>9} {'MB/s':>6} {'of dd':>6}" for state in times["sequential"]
@@ -185,7 +192,7 @@ def table(times, cpu_s, n, sample_bytes):
 
 
 def soak(items, args):
-    """Read args.soak samples with each number of workers and print what memory that takes."""
+    """Read args.soak samples with each number of workers and print the memory in use."""
     for workers in args.workers:
         loader = loader_of(items, workers, args.batch_size)
         batch_bytes = sum(t.nbytes for t in loader.dataset.read_batch(range(args.batch_size))[:2])

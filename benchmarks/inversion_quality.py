@@ -33,7 +33,7 @@ class InversionOptions(Options):
 
 
 def start_map(name, family, vel, seis, member):
-    """A map (1, 70, 70) to start from: a network's, the mean of synthetic ones, or the truth blurred."""
+    """A map (1, 70, 70) m/s to start from: the network's, a mean of synthetic maps, or the blurred truth."""
     if name == "network":
         return member(preprocess(seis[None], member.mode))[0].float()
     if name == "mean":
@@ -42,7 +42,7 @@ def start_map(name, family, vel, seis, member):
 
 
 def bench_inversion(args):
-    """Print the error before and after of each map, and their means and medians."""
+    """Print the error of each map before and after inversion, with means and medians."""
     ratios, starts = [float(ratio) for ratio in args.snr], args.starts
     if not args.input:
         raise ValueError("no gathers to invert; give their folder by --input=DIR")

@@ -1,16 +1,16 @@
-"""Statistics of velocity maps, real beside synthetic, each with its sampling error."""
+"""Statistics of real and synthetic velocity maps, each with its sampling error."""
 
 import numpy as np
 
 LAGS = (1, 2, 4, 8, 16)
 ROWS = (0, 5, 10, 20, 35, 50, 60, 69)
-SLOW_M_S = 3000  # faulted maps draw slow velocities below it and fast ones above
-MIN_CELLS = 8  # a velocity that fewer cells have is an edge's, not a layer's
+SLOW_M_S = 3000  # the limit between slow and fast velocities in faulted maps
+MIN_CELLS = 8  # a velocity of fewer cells belongs to an edge, not to a layer
 THICKNESS_BINS = (1, 4, 7, 8, 11, 16, 24, 70)
 
 
 def layer_velocities(field):
-    """The velocities of at least MIN_CELLS cells, ascending: of maps without layers there may be none."""
+    """Velocities that at least MIN_CELLS cells have, ascending; a map without layers may have none."""
     values, counts = np.unique(np.rint(field), return_counts=True)
     return values[counts >= MIN_CELLS]
 
@@ -23,7 +23,7 @@ def layers_of(field):
     runs = []
     for column in edge[:, ::7].T:
         inner = np.flatnonzero(column)
-        runs += np.diff(inner).tolist()  # not the first and last layer, which the map's border cuts
+        runs += np.diff(inner).tolist()  # without the first and last layer, which the border cuts
     runs = np.array(runs or [70])
     share = np.histogram(runs, THICKNESS_BINS)[0] / len(runs)
     names = [f"thickness {a}-{b - 1}" for a, b in zip(THICKNESS_BINS, THICKNESS_BINS[1:], strict=False)]
@@ -74,7 +74,7 @@ def statistics(maps):
 
 
 def print_statistics(real, made):
-    """One line a statistic: mean ± its standard error of both kinds, and their difference in errors."""
+    """Print each statistic: mean ± standard error of both kinds, and their distance in standard errors."""
     print(f"  {'':24}{'real':>20}{'synthetic':>20}{'errors apart':>14}")
     ours = statistics(made)
     for name, values in statistics(real).items():

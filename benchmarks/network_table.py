@@ -1,4 +1,4 @@
-"""A network's size and speed: `python bench.py network --arch=seisnext`."""
+"""Size and speed of a network: `python bench.py network --arch=seisnext`."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from openfwi.modes import MODE_SHAPES
 
 
 def measure(cfg, batch):
-    """Size and speed of a configuration's network, {what: text}."""
+    """Size and speed of the network of a configuration: {what: text}."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = build_model(cfg).to(device)
     seis = torch.randn(batch, *MODE_SHAPES[cfg.mode], device=device)
@@ -44,7 +44,7 @@ def measure(cfg, batch):
 
 
 def _time_ms(step, device, n=3):
-    """Least time of n calls, after one to warm up."""
+    """Shortest time of n calls in ms, after one to warm up."""
     times = []
     for _ in range(n + 1):
         started = time.perf_counter()

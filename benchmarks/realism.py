@@ -1,9 +1,10 @@
-"""How real the synthetic maps are: `python bench.py realism --maps DIR --figure OUT`.
+"""How realistic the synthetic maps are: `python bench.py realism --maps DIR --figure OUT`.
 
-For each family a small network is trained to tell real maps from synthetic ones, and tried on maps it has not
-seen: near 50 % the generator passes. The same network must find maps that are deliberately wrong, or its
-failure to find ours would mean nothing. DIR holds `<Family>.npz` with real maps under `dev` and `shapes`.
-The latter are off by 4 to 6 m/s, so the same noise, NOISE_M_S strong, is added to all maps of both sides.
+For each family a small network is trained to tell real maps from synthetic ones, and tested on maps it has
+not seen. If it is right near 50 % of the time, the generator passes. As a control, the same network must
+recognise maps that are deliberately wrong. DIR holds `<Family>.npz` files of real maps under `dev` and
+`shapes`. The latter are off by 4 to 6 m/s; therefore noise of NOISE_M_S is added to all maps, real and
+synthetic.
 """
 
 import json
@@ -24,13 +25,16 @@ from synthetic.maps import make_maps
 from utils import FAMILIES, V_MAX, V_MIN, check_family, write_atomic
 
 SYNTH_SEED = 1_234
-NOISE_M_S = 10.0  # hides what the recovery of the `shapes` maps left
+NOISE_M_S = 10.0  # hides the errors of the recovered `shapes` maps
 N_FOLDS = 5
-SQUEEZE = 0.8  # of the control: depths shrink by so much, as layers thinner than the family's
+SQUEEZE = 0.8  # the control's factor on depths: its layers are thinner than the family's
 
 
 def real_maps(folder, family):
-    """All real maps of a family, `dev` then `shapes`: (n, 1, 70, 70) float32 m/s. Raises ValueError."""
+    """All real maps of a family, `dev` then `shapes`: (n, 1, 70, 70) float32 m/s.
+
+    Raises ValueError if the file or one of the keys is missing.
+    """
     path = Path(folder) / f"{family}.npz"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --maps names the folder of <Family>.npz with real maps")
@@ -42,10 +46,10 @@ def real_maps(folder, family):
 
 
 def wrong_maps(maps, family, seed=0):
-    """Maps that are wrong on purpose, for the control: (n, 1, 70, 70) float32 m/s.
+    """Deliberately wrong maps for the control: (n, 1, 70, 70) float32 m/s.
 
-    Layers are squeezed towards the surface. The residual of Style maps about their mean map keeps its
-    spectrum and loses its phases: a Gaussian random field.
+    Layers are squeezed towards the surface. The residual of Style maps about their mean keeps its spectrum
+    but gets random phases, which makes it a Gaussian random field.
     """
     if not family.startswith("Style"):
         rows = np.minimum(np.arange(70) / SQUEEZE, 69).round().astype(int)
@@ -76,10 +80,11 @@ def _network():
     )
 
 
-def told_apart(train, test, seed, epochs, batch_size=32, lr=2e-3):
-    """Share of test maps told rightly, after training: `train` and `test` are (real, synthetic) maps each.
+def train_and_test(train, test, seed, epochs, batch_size=32, lr=2e-3):
+    """Train the classifier; returns the share of test maps that it classifies correctly.
 
-    The weights are those of the last epoch: nothing is chosen on the test maps. Mirrored maps train, too.
+    train, test: (real, synthetic) maps each. The weights are those of the last epoch, so that nothing is
+    chosen on the test maps. It is trained on mirrored maps too.
     """
     torch.manual_seed(seed)
     vel = torch.from_numpy(np.concatenate(train))
@@ -102,12 +107,12 @@ def told_apart(train, test, seed, epochs, batch_size=32, lr=2e-3):
 
 
 def accuracy(real, synthetic, seed, epochs=40):
-    """Cross-validated accuracy of telling equally many real and synthetic maps apart, and its error."""
+    """Cross-validated accuracy on equally many real and synthetic maps, and its standard error."""
     noise = np.random.default_rng(seed).normal(0, NOISE_M_S, (2, *real.shape)).astype(np.float32)
     real, synthetic = real + noise[0], synthetic + noise[1]
     fold = np.random.default_rng(seed).permutation(len(real)) % N_FOLDS
     shares = [
-        told_apart(
+        train_and_test(
             (real[fold != k], synthetic[fold != k]), (real[fold == k], synthetic[fold == k]), seed, epochs
         )
         for k in range(N_FOLDS)
@@ -117,7 +122,7 @@ def accuracy(real, synthetic, seed, epochs=40):
 
 
 def draw_rows(rows, folder, n=8):
-    """Picture of n real and n synthetic maps a family, in unlabelled order, and its key in another file."""
+    """Draw n real and n synthetic maps of each family, shuffled and unlabelled; the key goes to a file."""
     if not (figure := new_figure((2 * n, 1.1 * len(rows)), layout="tight")):
         return
     axes = figure.subplots(len(rows), 2 * n, squeeze=False)
@@ -157,7 +162,7 @@ class RealismOptions(Options):
 
 
 def bench_realism(args):
-    """Print each family's classifier accuracy with its control, and the statistics of both kinds of maps."""
+    """Print the classifier's accuracy and control for each family, and statistics of both kinds of maps."""
     torch.set_num_threads(1)
     families = FAMILIES if args.families in ((), ("all",)) else [check_family(f) for f in args.families]
     rows = {}

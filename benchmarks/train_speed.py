@@ -1,4 +1,4 @@
-"""The training loop beside a bare one: `python bench.py train`."""
+"""The training loop against a bare one: `python bench.py train`."""
 
 import dataclasses
 import statistics
@@ -27,7 +27,7 @@ TRAIN_SPEED = Section("train", "the training loop against a bare one, with these
 
 @dataclass
 class TrainSpeedOptions(Config):
-    """The options of `bench.py train`: train.py's, and some more."""
+    """The options of `bench.py train`: those of train.py, and some more."""
 
     steps: int = TRAIN_SPEED(16, "steps a turn", above=0, most=10**4)
     repeats: int = TRAIN_SPEED(7, "turns", above=0, most=10**4)

@@ -1,4 +1,4 @@
-"""The simulator beside the plain loop and deepwave: `python bench.py wave`."""
+"""The simulator against the plain loop and deepwave: `python bench.py wave`."""
 
 import ctypes
 import os
@@ -22,9 +22,9 @@ from waves.reference import reference_simulate
 
 
 def deepwave_simulate(vel, acquisition=waves.OPENFWI):
-    """The nearest that deepwave comes, 0.2-3 % off: (B, Z, X) m/s -> (B, S, T, R).
+    """Simulate by deepwave, which comes within 0.2 to 3 % of the scheme: (B, Z, X) m/s -> (B, S, T, R).
 
-    A call per map: several maps in one call need a copy of the map for every shot, which takes it longer.
+    One call for each map: a call with several maps needs a copy of the map for every shot and takes longer.
     """
     import deepwave
 
@@ -44,6 +44,8 @@ def deepwave_simulate(vel, acquisition=waves.OPENFWI):
 
 
 def with_gradient(simulate):
+    """A function that simulates maps and takes the gradient of the gathers' energy."""
+
     def run(vel):
         vel = vel.clone().requires_grad_()
         simulate(vel).square().sum().backward()
@@ -73,6 +75,7 @@ def two_maps(path):
 
 
 def seconds(run, device):
+    """Seconds that a call takes, work on the device included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -83,7 +86,7 @@ def seconds(run, device):
 
 
 def peak_mib(run, device):
-    """Memory that a call takes beyond what is held before it; None where the system does not tell."""
+    """Peak memory of a call beyond what was in use before it; None if the system does not report it."""
     if device.type == "cuda":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -98,7 +101,9 @@ def peak_mib(run, device):
         )
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but held would hide what is taken
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # memory that is free but not returned would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         held = kib("VmRSS")
     except (OSError, AttributeError, TypeError):  # not Linux with glibc
@@ -115,7 +120,7 @@ def memory_bandwidth(device):
 
 
 def active_updates(vel, acquisition=waves.OPENFWI):
-    """Cell updates of a map's shots: those that `waves` makes, and those of the full grid."""
+    """Cell updates for all shots of a map: those that `waves` makes, and those of the full grid."""
     nz, nx = (n + 2 * acquisition.n_pad for n in vel.shape)
     steps = np.minimum(acquisition.n_samples - np.arange(0, acquisition.n_samples, BLOCK), BLOCK)
     fastest = int(np.ceil(vel.max().item() / 50) * 50)
@@ -144,7 +149,7 @@ class WaveOptions(Options):
 
 
 def bench_wave(args):
-    """Time simulation and its gradient against the plain loop and deepwave, by turns."""
+    """Time simulation and its gradient against the plain loop and deepwave, taking turns."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = pick_device(args.device)
     if args.soak:
@@ -187,7 +192,7 @@ def bench_wave(args):
 
 
 def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
-    """Time the contenders by turns on one batch; print and return a row for each."""
+    """Time the simulators in turns on one batch; print and return a row for each."""
     runs, took, rows = {}, {}, []
     for who, simulate in contenders.items():
         run = with_gradient(simulate) if gradient else simulate
@@ -206,11 +211,11 @@ def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
         row |= {"peak_mib": None if who == "plain" else peak_mib(run, vels.device)}
         text = f"{name:5} {len(vels):5} {'gradient' if gradient else 'forward':8} {who:9} {medians[who]:8.4f}"
         text += f" {row['ratio']:6.2f}"
-        if who != "deepwave":  # whose grid and algorithm differ
+        if who != "deepwave":  # deepwave's grid and algorithm differ
             updates = (made if who == "ours" else full) * (
                 3 if gradient else 1
             )  # forward twice, adjoint once
-            n_bytes = 16  # read p, p_old, alpha; write p_old: if each came from memory
+            n_bytes = 16  # read p, p_old, alpha and write p_old, if all came from memory
             row |= {"updates_per_s": updates / medians[who], "share_of_grid": updates / full}
             row |= {"bytes_per_update": n_bytes, "share_of_copy": n_bytes * row["updates_per_s"] / bandwidth}
             text += f" {row['updates_per_s'] / 1e9:10.2f} {n_bytes:8} {row['share_of_copy']:7.2f}"
@@ -224,11 +229,11 @@ def compare(contenders, vels, gradient, repeats, made, full, bandwidth, name):
 
 
 def resident():
-    """The memory in use, in words, where the system tells it."""
+    """The memory in use as text, if the system reports it."""
     try:
         n_pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:  # not Linux
-        return "its memory is not told by this system"
+        return "this system does not report memory in use"
     return f"{n_pages * os.sysconf('SC_PAGE_SIZE') / 2**20:7.1f} MiB resident"
 
 

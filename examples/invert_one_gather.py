@@ -1,12 +1,13 @@
-"""From a gather to its map by waveform inversion: `python examples/invert_one_gather.py [FILE.png] [CKPT]`.
+"""Invert one gather: `python examples/invert_one_gather.py [FILE.png] [CKPT]`.
 
-Starts from the network of CKPT, or from the mean of the family's maps. Half a minute on two cores.
+It starts from the prediction of the network CKPT, or from the mean of the family's maps, and takes half a
+minute on two cores.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this can be started from any folder
 
 import torch
 
@@ -22,7 +23,7 @@ def main(argv, family="FlatVel_A", minutes=2.0):
     """Invert one synthetic gather; draw gather, start, inversion and truth."""
     path = argv[0] if argv else "docs/invert_one_gather.png"
     truth = torch.from_numpy(make_maps(family, 1, seed=7))
-    seis = simulate(truth)  # stands for an observed gather (1, 5, 1000, 70)
+    seis = simulate(truth)  # the observed gather (1, 5, 1000, 70)
     if argv[1:]:
         start = Member(Config(ckpt=argv[1]), argv[1], torch.device("cpu"))(seis)
     else:

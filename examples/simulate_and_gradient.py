@@ -1,12 +1,12 @@
-"""Simulate a map and ask every cell how it should change: `python examples/simulate_and_gradient.py`.
+"""Simulate a map and take the gradient of a misfit: `python examples/simulate_and_gradient.py [FILE.png]`.
 
-The picture shows the map, its centre shot, and the gradient of the misfit when the map is known only blurred.
+The picture shows the map, its centre shot, and how a blurred map should change to fit the gather better.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this can be started from any folder
 
 import torch
 
@@ -17,7 +17,7 @@ from waves import simulate
 
 
 def main(argv):
-    """Draw into the file that argv names, docs/simulate_and_gradient.png by default."""
+    """Simulate, differentiate, and draw into the file argv[0], by default docs/simulate_and_gradient.png."""
     path = argv[0] if argv else "docs/simulate_and_gradient.png"
     true_vel = torch.from_numpy(make_maps("CurveFault_A", 1, seed=3))  # (1, 1, 70, 70) m/s
     seis = simulate(true_vel)  # (1, 5 sources, 1000 samples of 1 ms, 70 receivers)
@@ -32,7 +32,7 @@ def main(argv):
         shot, gradient = seis[0, 2].numpy(), -vel.grad[0, 0].numpy()
         draw_map(fig, ax[0], "velocity map", true_vel[0, 0].numpy())
         draw_gather(ax[1], "centre shot", shot, (-1, 1))
-        limit = abs(gradient[5:]).max()  # the rows at the sources outshine all others
+        limit = abs(gradient[5:]).max()  # without the rows near the sources, which exceed all others
         title, unit = "downhill direction (red: faster)", "misfit per m/s"
         draw_map(fig, ax[2], title, gradient, cmap="RdBu_r", vmin=-limit, vmax=limit, unit=unit)
         save_figure(fig, path)

@@ -1,12 +1,13 @@
-"""Train a small network on simulated pairs in a loop of ten lines: `python examples/train_tiny_network.py`.
+"""Train a small network on simulated pairs: `python examples/train_tiny_network.py [FILE.png]`.
 
-A minute on one core. `train.py` adds what long runs need: several cards, resuming, averages, guards.
+The loop has ten lines and takes a minute on one core. `train.py` adds what long runs need: several cards,
+resuming, averaged weights, guards.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this can be started from any folder
 
 import torch
 
@@ -18,7 +19,7 @@ from waves import simulate
 
 
 def main(argv, n_maps=64, n_steps=150):
-    """Overfit n_maps FlatVel_A pairs; draw the first one's gather, truth, prediction and error."""
+    """Overfit n_maps FlatVel_A pairs, and draw gather, truth, prediction and error of the first."""
     path = argv[0] if argv else "docs/train_tiny_network.png"
     torch.manual_seed(0)
     vel = torch.from_numpy(make_maps("FlatVel_A", n_maps, seed=0))

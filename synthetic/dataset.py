@@ -1,4 +1,4 @@
-"""Data sets in OpenFWI's layout, of velocity maps made or given."""
+"""Data sets in OpenFWI's layout, from velocity maps that are made, varied or given."""
 
 import hashlib
 import io
@@ -27,22 +27,22 @@ from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
 from utils import FAMILIES, check_family, pick_device, sole_use, write_atomic
 
-N_SAMPLES = 1000  # of 1 ms
+N_SAMPLES = 1000  # time samples of 1 ms
 
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
 
 MAX_FILES = 10**5  # of a family
 
-CHECKSUMS = "checksums.json"  # in --out: of every finished file
+CHECKSUMS = "checksums.json"  # in --out, with the checksum of every finished file
 
-SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500, it disperses
+SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500 m/s it disperses
 
 # ---------------------------------------------------------------- file pairs
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file pair to write: `n` maps, made by `maps()` when their turn comes."""
+    """A file pair to write: `n` maps, which `maps()` makes when they are needed."""
 
     seis: Path
     vel: Path
@@ -55,9 +55,10 @@ def _vel_pair(folder, number):
 
 
 def _family_jobs(out, family, n, per_file, seed):
-    """A family's file pairs, of equal size as near as may be.
+    """The file pairs of a family, as equal in size as possible.
 
-    Fault files take K in turn, one each; n maps make at least min(3, n) files, so that every K occurs.
+    Fault files take the numbers of layers K in turn. There are at least min(3, n) files, so that every K
+    occurs.
     """
     kinds = FAULT_LAYERS[family[-1]] if "Fault" in family else (None,)
     n_files = max(math.ceil(n / per_file), min(len(kinds), n))
@@ -72,7 +73,7 @@ def _family_jobs(out, family, n, per_file, seed):
 
 
 def check_maps(maps, name):
-    """Given maps as (n, 1, 70, 70) float32; ValueError unless they are sane velocities in m/s."""
+    """Return maps as (n, 1, 70, 70) float32. Raises ValueError unless they are plausible in m/s."""
     if maps.shape[1:] not in ((70, 70), (1, 70, 70)) or not len(maps):
         raise ValueError(f"{name}: shape {maps.shape}, expected (n, 1, 70, 70) or (n, 70, 70)")
     if maps.dtype.kind not in "fiu" or not np.isfinite(maps).all():
@@ -85,7 +86,7 @@ def check_maps(maps, name):
 
 
 def _given_jobs(folder, path, keys, n_per_file, per_file):
-    """File pairs of given maps: .npy in files of `per_file`, .npz key model{k} to data{k}.npy."""
+    """File pairs of given maps: a .npy in files of `per_file`, a key model{k} of an .npz as data{k}.npy."""
     try:
         source = np.load(path, allow_pickle=False)
         named = {key: source[key] for key in source.files} if isinstance(source, NpzFile) else None
@@ -108,7 +109,7 @@ def _given_jobs(folder, path, keys, n_per_file, per_file):
 
 
 def _varied_jobs(out, root, families, n, per_file, seed):
-    """File pairs of variations of the velocity maps under `root`, and what tells those maps from others."""
+    """File pairs of variations of the velocity maps under `root`, and a digest of these maps."""
     sources, digest = {}, hashlib.sha256()
     for path in find_files(root, VEL_NAME):
         if (family := family_of(path)) in families:
@@ -131,13 +132,14 @@ def _varied_jobs(out, root, families, n, per_file, seed):
 
 
 def _part(path):
-    return path.with_name(path.name + ".part")  # loaders look for .npy
+    return path.with_name(path.name + ".part")  # which loaders ignore
 
 
 def _claim(out, jobs, todo, options):
-    """Note each family's options in out/synth.json; ValueError where other files are in the way, or no room.
+    """Note the options of each family in out/synth.json.
 
-    jobs: family -> list of Job; todo: those not finished.
+    jobs: {family: list of Job}; todo: unfinished ones. Raises ValueError if other files are in the way, if
+    the family was begun with other options, and if there is no room.
     """
     record = out / "synth.json"
     known = _read_json(record)
@@ -148,7 +150,7 @@ def _claim(out, jobs, todo, options):
             raise ValueError(f"{taken[0]}: there already, not from synth.py; choose another --out")
         names = sorted({*options, *was}) if was else ()
         if all(j not in todo for j in group):
-            names = [k for k in names if k != "device"]  # finished: where it was made does not matter
+            names = [k for k in names if k != "device"]  # of finished files the device does not matter
         pairs = [(k, was.get(k), options.get(k)) for k in names]
         differs = [f"{k} was {old}, now {new}" for k, old, new in pairs if old != new]
         if differs:
@@ -168,10 +170,11 @@ def _claim(out, jobs, todo, options):
 
 
 def _write_pair(job, dtype, device, bar):
-    """Simulate and write one pair, going on where a stopped run was; returns its files' checksums.
+    """Simulate and write a pair, continuing where a stopped run ended; returns the files' checksums.
 
-    The caller gives the seismic file its name last, so one that is there has its velocity file. Each batch
-    has its own place in the file: where a file system has no locks, two writers write the same bytes.
+    The caller gives the seismic file its final name last, so that a seismic file always has its velocity
+    file. Each batch has a fixed place in the file: on a file system without locks, two writers write the same
+    bytes.
     """
     job.seis.parent.mkdir(parents=True, exist_ok=True)
     job.vel.parent.mkdir(parents=True, exist_ok=True)
@@ -183,14 +186,14 @@ def _write_pair(job, dtype, device, bar):
     part = _part(job.seis)
     part.touch()
     with open(part, "r+b") as file:
-        # the last batch is made again: a power cut may have kept its length but not its numbers
+        # the last batch is made again: after a power cut its length may be right but not its numbers
         n_bytes = min(os.fstat(file.fileno()).st_size, header.tell() + job.n * map_bytes)
         done = max((n_bytes - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
         file.truncate(header.tell() + done * map_bytes)
         file.write(header.getvalue())
         file.seek(header.tell() + done * map_bytes)
         bar.update(done)
-        bar.initial += done  # the maps/s shown are those of this run
+        bar.initial += done  # the rate shown is that of this run
         for start in range(done, job.n, BATCH):
             batch = torch.from_numpy(vel[start : start + BATCH]).to(device)
             with torch.no_grad():
@@ -208,7 +211,7 @@ def _write_pair(job, dtype, device, bar):
 
 
 def _read_json(path):
-    """The JSON object in a file of ours, {} where there is none; raises ValueError for damaged ones."""
+    """The JSON object in a file, {} if there is no file. Raises ValueError for a damaged one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
@@ -217,7 +220,7 @@ def _read_json(path):
 
 
 def _check_finished(out, jobs):
-    """Raise ValueError for a finished file whose bytes are not those that were written."""
+    """Raise ValueError for a finished file that has changed since it was written."""
     sums = _read_json(out / CHECKSUMS)
     for path in (path for job in jobs for path in (job.vel, job.seis)):
         expected = sums.get(path.relative_to(out).as_posix())
@@ -228,9 +231,9 @@ def _check_finished(out, jobs):
 
 
 def _write_jobs(out, jobs, options):
-    """Write every file pair that is not there yet; jobs: family -> list of Job.
+    """Write every file pair that is not finished; jobs: {family: list of Job}.
 
-    Raises ValueError, naming the holder, where another program writes into `out` now.
+    Raises ValueError if another process is writing into `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     with sole_use(out):
@@ -265,11 +268,10 @@ def _checked_sizes(n_per_family, per_file, seed):
 def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
     """Write `n_per_family` maps of each family and their gathers under `out`, in OpenFWI's layout.
 
-    Stopped and started again it goes on, and the bytes are those of an
-    unbroken run on the same kind of device; what is finished is left alone.
-    float32 is OpenFWI's own type; float16 halves the disk space and errs by
-    0.015 at the peaks. Raises ValueError for bad values, no room, or other
-    files in the way; OSError where `out` cannot be written.
+    If it is stopped, the same call continues; the bytes are those of an uninterrupted call on the same kind
+    of device, and finished files are kept. float32 is OpenFWI's own type; float16 halves the disk space and
+    has errors of up to 0.015 at the peaks. Raises ValueError for bad values, no room, or other files in the
+    way, and OSError if `out` cannot be written.
     """
     sizes = _checked_sizes(n_per_family, per_file, seed)
     out = Path(out)
@@ -280,12 +282,11 @@ def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=5
 def write_given(
     out, path, family=None, keys=(), n_per_file=None, dtype="float32", per_file=500, device="auto"
 ):
-    """Write gathers of given maps, as `write_dataset`; real maps become real OpenFWI pairs.
+    """Write given maps and their gathers, as `write_dataset` does; real maps become real OpenFWI pairs.
 
-    path: .npy (n, 1, 70, 70) or (n, 70, 70) m/s, or .npz of such with keys
-    model{k}, written as data{k}.npy. `family` defaults to the file's name;
-    `keys` and `n_per_file`, maps of the .npy or of each key, take a part.
-    Raises ValueError, too, for maps that are no velocities in m/s.
+    path: a .npy of (n, 1, 70, 70) or (n, 70, 70) m/s, or an .npz of such with keys model{k}, each written as
+    data{k}.npy. family: by default the file's name. keys: only these keys; n_per_file: only the first maps of
+    the .npy or of each key. Also raises ValueError for maps that are no velocities in m/s.
     """
     out, path = Path(out), Path(path)
     if not path.is_file():
@@ -302,10 +303,10 @@ def write_given(
 
 
 def write_varied(out, root, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
-    """Write variations of the velocity maps under `root` and their gathers, as `write_dataset`.
+    """Write variations of the velocity maps under `root` and their gathers, as `write_dataset` does.
 
-    `n_per_family` of each of these families that is there. Raises ValueError, too, where none is, and for
-    maps that are no velocities in m/s.
+    There are `n_per_family` of each of the families that has maps there. Also raises ValueError if none has,
+    and for maps that are no velocities in m/s.
     """
     sizes = _checked_sizes(n_per_family, per_file, seed)
     jobs, digest = _varied_jobs(Path(out), root, families, n_per_family, per_file, seed)

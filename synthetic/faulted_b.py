@@ -7,37 +7,37 @@ import numpy as np
 from synthetic.layers import N_CELLS, deal_thicknesses, rising_velocities
 
 LAYERS = (6, 7, 8)  # the K of OpenFWI's seis{K}_1_{M}.npy: layers of each of the two models
-THINNEST = 7  # cells, the least thickness of a layer and the most frequent one
+MIN_THICKNESS = 7  # cells, of a layer; also the most frequent thickness
 SPLICE = (10, 60)  # columns between which the splice starts and ends
-LEAST_ACROSS = 14  # columns: the splice goes across at least so far, unless it is vertical
+MIN_ACROSS = 14  # columns that the splice crosses at least, unless it is vertical
 PERIODS, PERIOD_SHARES = (2, 3, 4), (0.5, 0.35, 0.15)  # of a model's fold, across the map
-AMPLITUDE = (5, 21)  # cells, of a fold; of 0 periods it does nothing
-FAULTS, FAULT_SHARES = (2, 3), (0.65, 0.35)  # of each model, as far as its side of the splice shows them
-LEFTWARD = 1.6  # 1: faults lie anywhere in their side of the splice alike; above: rather on its left
-ACROSS = (6, 36, 110)  # columns that a fault crosses from top to bottom: least, most frequent, most
-MOVE = (5, 16)  # cells, by which a faulted block goes up or down, and left or right
-DOWN_SHARE = 0.55  # of the models: the block of their leftmost fault goes down
-SLIDE_SHARE = 0.25  # of the faults move what is there; in the others the block has a fold of its own
-DEPTH, COLUMN = np.mgrid[:N_CELLS, 1 : N_CELLS + 1]  # columns of lines are counted from 1
+AMPLITUDE = (5, 21)  # cells, of a fold
+FAULTS, FAULT_SHARES = (2, 3), (0.65, 0.35)  # numbers of faults on a model's side of the splice
+LEFTWARD = 1.6  # above 1, faults lie rather on the left of their side of the splice
+ACROSS = (6, 36, 110)  # columns that a fault crosses from top to bottom: lowest, most frequent, highest
+MOVE = (5, 16)  # cells by which a faulted block moves up or down, and left or right
+DOWN_SHARE = 0.55  # of models whose leftmost fault has its block moved down
+SLIDE_SHARE = 0.25  # of faults that move the layers as they are; in others the block gets its own fold
+DEPTH, COLUMN = np.mgrid[:N_CELLS, 1 : N_CELLS + 1]  # lines count columns from 1
 
 
 def _layers(interfaces, periods, amplitude, dx, dz):
-    """Layer of every cell: interfaces (n - 1,), folded, then moved by dx columns and dz rows -> (70, 70)."""
-    x = np.clip(np.arange(N_CELLS) - dx, 0, N_CELLS)  # beyond the border a fold goes on flat
+    """Layer of every cell (70, 70): interfaces (n - 1,), folded, then moved by dx columns and dz rows."""
+    x = np.clip(np.arange(N_CELLS) - dx, 0, N_CELLS)  # beyond the border a fold continues flat
     fold = amplitude * np.sin(math.pi * periods * (2 * x / N_CELLS - 1))
     depths = np.ceil(np.clip(interfaces[:, None] + fold, 0, N_CELLS)) + dz
     return (np.arange(N_CELLS)[:, None, None] >= depths.T).sum(-1)
 
 
 def _right_of(top, bottom):
-    """Cells right of the line from column `top` in row 0 to column `bottom` in row 70."""
+    """Mask (70, 70) of the cells right of the line from column `top` in row 0 to `bottom` in row 70."""
     across = (bottom - top) / N_CELLS
-    # in this order of terms rounding decides of cells on the line as in real maps
+    # in this order of terms, rounding decides about cells on the line as in real maps
     return COLUMN > across * DEPTH + (bottom - across * N_CELLS)
 
 
 def _slide(layer, n, dx, dz):
-    """Move (70, 70) by dx columns and dz rows; borders go on, but the first layer comes in from above."""
+    """Move layers (70, 70) by dx columns and dz rows; borders are repeated, the first layer fills the top."""
     from_x, from_z = np.arange(N_CELLS) - dx, np.arange(N_CELLS) - dz
     moved = layer[np.clip(from_z, 0, N_CELLS - 1)][:, np.clip(from_x, 0, N_CELLS - 1)]
     moved[from_z < 0] = 0
@@ -46,7 +46,7 @@ def _slide(layer, n, dx, dz):
 
 
 def _fault_lines(rng, side):
-    """Faults through a side of the splice, a mask, from left to right: columns at top and bottom."""
+    """Draw faults through a side of the splice (mask): (column at the top, at the bottom), left to right."""
     lines = []
     for _ in range(rng.choice(FAULTS, p=FAULT_SHARES)):
         row = rng.choice(np.flatnonzero(side.any(1)))
@@ -58,8 +58,8 @@ def _fault_lines(rng, side):
 
 
 def _model(rng, curved, n, side):
-    """One layered model with faults that `side`, a mask, shows: layer of every cell (70, 70)."""
-    interfaces = np.cumsum(deal_thicknesses(rng, n, THINNEST))[:-1]
+    """Draw a layered model with faults through its side of the splice (mask): layers of cells (70, 70)."""
+    interfaces = np.cumsum(deal_thicknesses(rng, n, MIN_THICKNESS))[:-1]
     periods = int(rng.choice(PERIODS, p=PERIOD_SHARES)) if curved else 0
     result = _layers(interfaces, periods, rng.integers(*AMPLITUDE), 0, 0)
     sign = 1 if rng.random() < DOWN_SHARE else -1
@@ -72,18 +72,18 @@ def _model(rng, curved, n, side):
         block = _right_of(top, bottom)
         block[-1] = False  # the lowest row of real maps is never faulted
         result = np.where(block, moved, result)
-        sign = -sign  # in real maps neighbouring blocks go opposite ways
+        sign = -sign  # in real maps neighbouring blocks move in opposite directions
     return result
 
 
 def draw_fault_b(rng, curved, layers=None):
-    """A map of CurveFault_B if `curved`, else FlatFault_B: (70, 70) float64, whole m/s.
+    """Draw a map of CurveFault_B if `curved`, else of FlatFault_B: (70, 70) float64, whole m/s.
 
-    layers: of each of the two models, one of LAYERS; without it one of them is drawn.
+    layers: number of layers of each of the two models; without it, one of LAYERS is drawn.
     """
     n = int(layers or rng.choice(LAYERS))
     start, end = rng.integers(*SPLICE, 2)
-    across = int(np.sign(end - start)) * max(abs(int(end - start)), LEAST_ACROSS)
+    across = int(np.sign(end - start)) * max(abs(int(end - start)), MIN_ACROSS)
     right = _right_of(start, start + across)
     maps = [rising_velocities(rng, n)[_model(rng, curved, n, side)] for side in (~right, right)]
     return np.where(right, *maps[::-1]).astype(np.float64)

@@ -5,17 +5,16 @@ import numpy as np
 from utils import V_MAX, V_MIN
 
 N_CELLS = 70  # cells of 10 m, down and across
-JITTER = 1.0  # cells: how far a layer's thickness strays from its map's
-FAST_M_S = 3000  # in faulted maps slow velocities end and fast ones begin here
+JITTER = 1.0  # cells by which thicknesses differ from 70 / n at most
+FAST_M_S = 3000  # the limit between slow and fast velocities in faulted maps
 
 
 def _spline_matrix():
-    """Control depths to depths at the 70 columns: (70, 8), a C¹ quadratic spline.
+    """The matrix (70, 8) from control depths to depths at the columns: a quadratic spline of class C¹.
 
-    One parabola through the first three controls, then a piece per control
-    that goes on with the slope before it. The knots, 10 cells apart from -0.1
-    and the last at 77.9, are where 18,000 real interfaces of CurveVel_A leave
-    residuals of mere rounding.
+    One parabola passes through the first three controls; then each control adds a piece that continues with
+    the slope before it. The knots are 10 cells apart from -0.1 on, and the last is at 77.9: with these,
+    18,000 real interfaces of CurveVel_A differ from splines by rounding only.
     """
     x = np.arange(N_CELLS, dtype=np.float64)
     knots = np.append(np.arange(0, 70, 10), 78) - 0.1
@@ -42,22 +41,25 @@ def _fill(cells, velocities, n_rows=N_CELLS):
 
 
 def draw_layers(rng, curved, increasing):
-    """Vel families: 3-7 interfaces about 70/n cells apart -> (70, 70)."""
+    """Draw a map of a Vel family with n = 3 to 7 interfaces about 70/n cells apart: (70, 70) m/s."""
     n = rng.integers(3, 8)
     thickness = N_CELLS / n
-    shape = (n - 1, 8 if curved else 1)  # one number an interface, or eight control depths
+    shape = (n - 1, 8 if curved else 1)  # a depth for each interface, or eight control depths
     first = rng.uniform(0.5 * thickness, 1.5 * thickness, shape[1])
     below = first + np.cumsum(thickness + rng.uniform(-JITTER, JITTER, shape), axis=0)
     depths = np.vstack([first, below])
     depths = depths @ SPLINE.T if curved else np.repeat(depths, N_CELLS, axis=1)
     velocities = rng.integers(V_MIN, V_MAX + 1, n + 1)
-    # the real first interfaces begin and end where 0.8, not one half, is the offset of rounding
+    # the depths of real first interfaces show that 0.8, not one half, is added before rounding down
     return _fill(np.floor(depths + 0.8), np.sort(velocities) if increasing else velocities)
 
 
-def deal_thicknesses(rng, n, thinnest):
-    """Thicknesses of n layers that fill the map: `thinnest` each, the rest dealt out, then shuffled."""
-    thickness = np.full(n, thinnest)
+def deal_thicknesses(rng, n, min_thickness):
+    """Draw thicknesses of n layers that fill the map, in cells (n,).
+
+    Each layer gets `min_thickness`, the rest is dealt out at random, and the layers are shuffled.
+    """
+    thickness = np.full(n, min_thickness)
     for k in range(n - 1):
         thickness[k] += rng.integers(0, N_CELLS - thickness.sum() + 1)
     thickness[-1] += N_CELLS - thickness.sum()
@@ -65,6 +67,6 @@ def deal_thicknesses(rng, n, thinnest):
 
 
 def rising_velocities(rng, n):
-    """Velocities of a faulted map's n layers, rising with depth; half of them (rounded down) are slow."""
+    """Draw velocities of n layers (n,) m/s for a faulted map, rising with depth; n // 2 of them are slow."""
     slow = rng.integers(V_MIN, FAST_M_S + 1, n // 2)
     return np.sort(np.append(slow, rng.integers(FAST_M_S, V_MAX + 1, n - n // 2))).astype(np.float64)

@@ -1,8 +1,8 @@
 """Velocity maps of OpenFWI's ten families: `make_maps`.
 
-OpenFWI's generator was never released: these follow the maps it published
-(Deng et al., 2022, arXiv 2111.02926). `python bench.py realism` says how near
-they come; docs/experiments/generators.md says what real maps taught.
+OpenFWI's generator was never released. These generators follow the maps it published (Deng et al., 2022,
+arXiv 2111.02926). `python bench.py realism` measures how realistic they are, and
+docs/experiments/generators.md tells what was learned from real maps.
 """
 
 import numpy as np
@@ -30,11 +30,11 @@ DRAW = {  # family: f(rng, layers or None) -> (70, 70) m/s
 
 
 def make_maps(family, n, seed, start=0, layers=None):
-    """Velocity maps start … start + n - 1 of a family: (n, 1, 70, 70) float32, m/s.
+    """Velocity maps number start to start + n - 1 of a family: (n, 1, 70, 70) float32 m/s.
 
-    Map i depends on (family, seed, i) alone. `layers` is the K of OpenFWI's file names: the number of layers
-    in Fault families of version A, of each of the two spliced models in version B; without it each map draws
-    its own. Raises ValueError for an unknown family, a negative seed or n < 1.
+    Map i depends on (family, seed, i) only. `layers` is the K of OpenFWI's file names: the number of layers
+    in Fault families of version A, and of each of the two spliced models in version B; without it each map
+    draws its own. Raises ValueError for an unknown family, a negative seed or n < 1.
     """
     draw = DRAW[check_family(family)]
     if n < 1 or seed < 0:

@@ -1,7 +1,7 @@
-"""Velocity-space augmentation: new maps out of given ones, to be simulated into exact pairs.
+"""Velocity-space augmentation: new maps made from given ones, whose simulated gathers are exact pairs.
 
-What the best entries of the competition trained on: mirrored, shifted, stretched, rotated, cropped, blended,
-faulted and recoloured maps. A map's own cells are kept where it has layers, so that interfaces stay sharp.
+The best entries of the competition trained on such maps: mirrored, shifted, stretched, rotated, cropped,
+blended, faulted and recoloured. Layered maps take the nearest cell, so that interfaces stay sharp.
 """
 
 import math
@@ -11,15 +11,15 @@ import numpy as np
 from synthetic.layers import N_CELLS
 from utils import V_MAX, V_MIN
 
-FEW = 16  # distinct velocities of a map of plain layers; the softened edges of faults and styles have more
+MAX_LAYER_VELOCITIES = 16  # a map of sharp layers has no more; soft edges of faults and Style maps have more
 CENTRE = (N_CELLS - 1) / 2
 
 
 class FileMaps:
-    """Velocity maps of some samples of some files, read when asked for: (1, 70, 70) each."""
+    """A sequence of velocity maps (1, 70, 70) from several files, each read when it is asked for."""
 
     def __init__(self, files):
-        self.files = files  # [(velocity file, sample indices), …]
+        self.files = files  # [(velocity file, sample indices), ...]
         self.stops = np.cumsum([len(indices) for _, indices in files])
 
     def __len__(self):
@@ -32,9 +32,9 @@ class FileMaps:
 
 
 def _sample(field, z, x):
-    """The field at cells (z, x), edges repeated: nearest where it has layers, linear elsewhere."""
+    """The field at cells (z, x), with edges repeated: the nearest cell in layered maps, else linear."""
     z, x = (np.clip(c, 0, N_CELLS - 1) for c in (z, x))
-    if len(np.unique(field)) <= FEW:
+    if len(np.unique(field)) <= MAX_LAYER_VELOCITIES:
         return field[np.rint(z).astype(int), np.rint(x).astype(int)]
     z0, x0 = (np.minimum(c.astype(int), N_CELLS - 2) for c in (z, x))
     wz, wx = z - z0, x - x0
@@ -43,7 +43,7 @@ def _sample(field, z, x):
 
 
 def _warp(field, matrix=((1, 0), (0, 1)), dz=0.0, dx=0.0):
-    """Value of each cell from where `matrix` about the centre, then a move by (dz, dx), takes it."""
+    """Give each cell the value where `matrix`, about the centre, and a move (dz, dx) take it."""
     z, x = np.mgrid[:N_CELLS, :N_CELLS] - CENTRE
     (a, b), (c, d) = matrix
     return _sample(field, a * z + b * x + CENTRE + dz, c * z + d * x + CENTRE + dx)
@@ -65,7 +65,7 @@ def _rotate(rng, field, other):
 
 
 def _crop(rng, field, other):
-    """A square window of 42 to 66 cells, enlarged to the whole map."""
+    """Enlarge a square window of 42 to 66 cells to the whole map."""
     size = rng.uniform(0.6, 0.95)
     dz, dx = (1 - size) * CENTRE * rng.uniform(-1, 1, 2)
     return _warp(field, ((size, 0), (0, size)), dz, dx)
@@ -77,8 +77,10 @@ def _blend(rng, field, other):
 
 
 def _fault(rng, field, other):
-    """One side of a straight fault, dipping 34 to 82 degrees, slips 5 to 10 cells along it."""
-    slope = rng.choice([-1, 1]) / math.tan(math.radians(rng.uniform(34, 82)))  # cells across for a cell down
+    """Slip one side of a straight fault, which dips 34 to 82 degrees, by 5 to 10 cells along it."""
+    slope = rng.choice([-1, 1]) / math.tan(
+        math.radians(rng.uniform(34, 82))
+    )  # cells across for each cell down
     dz = rng.choice([-1, 1]) * round(rng.uniform(5, 10))
     z, x = np.mgrid[:N_CELLS, :N_CELLS]
     side = x - rng.uniform(10, 60) - slope * (z - CENTRE)
@@ -86,9 +88,9 @@ def _fault(rng, field, other):
 
 
 def _recolour(field, rng):
-    """New velocities in the old order: of every layer, or of more values along a random rising curve."""
+    """Draw new velocities in the old order, for each layer, or along a random rising curve."""
     old = np.unique(field)
-    if len(old) > FEW:
+    if len(old) > MAX_LAYER_VELOCITIES:
         old = np.unique(np.quantile(field, np.linspace(0, 1, 7)))
     return np.interp(field, old, np.sort(rng.integers(V_MIN, V_MAX + 1, len(old))))
 
@@ -97,12 +99,11 @@ CHANGES = (_shift, _stretch, _rotate, _crop, _blend, _fault)
 
 
 def vary(maps, n, seed, start=0):
-    """Variations start … start + n - 1 of maps: (n, 1, 70, 70) float32 m/s, within [1500, 4500].
+    """Variations number start to start + n - 1 of maps: (n, 1, 70, 70) float32 m/s, within [1500, 4500].
 
-    maps: anything with a length and items (1, 70, 70) m/s. Variation i depends on (maps, seed, i) alone: one
-    map, or two blended, changed in shape, every second one mirrored, every second one recoloured. Velocities
-    of maps of whole numbers stay whole. Raises ValueError for no maps, maps of another shape, values that are
-    not finite, a negative seed or n < 1.
+    maps: a sequence of maps (1, 70, 70) m/s. Variation i depends on (maps, seed, i) only. Each is made by one
+    of CHANGES; half of them are mirrored, half are recoloured. Whole velocities stay whole. Raises ValueError
+    for no maps, maps of another shape, values that are not finite, a negative seed or n < 1.
     """
     if n < 1 or seed < 0 or not len(maps):
         raise ValueError(f"n = {n}, seed = {seed}, {len(maps)} maps; expected at least 1, 0 and 1")
