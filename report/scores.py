@@ -28,9 +28,9 @@ class Score:
 
     def gather(self, process):
         """Add up the sums of all processes; returns this score."""
-        self.sums = process.sum(
-            self.sums.to(process.device if process.device.type == "cuda" else "cpu")
-        ).cpu()
+        if process.world > 1:
+            where = process.device if process.device.type == "cuda" else "cpu"  # NCCL adds on cards alone
+            self.sums = process.sum(self.sums.to(where)).cpu()
         return self
 
     def result(self):

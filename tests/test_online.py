@@ -425,7 +425,7 @@ def test_vary_on_the_command_line_writes_exact_pairs_and_the_same_ones_again(fil
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_a_thread_simulates_what_a_cpu_would(files, cache):
-    process = Process(torch.device("cuda"))
+    process = Process(torch.device("cuda", 0))
     cfg = config(files, cache)
     seis, vel = (torch.zeros(4, *shape, device="cuda") for shape in ((5, 1000, 70), (1, 70, 70)))
     with Online(cfg, process, items(files), range(8)) as online:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -354,3 +355,15 @@ def test_a_card_that_torch_holds_no_code_for_is_said_with_what_to_install(monkey
         contextlib.nullcontext() if remedy is None else pytest.raises(ValueError, match=f"install .*{remedy}")
     ):
         utils.check_card(0)
+
+
+def test_only_copies_to_cuda_go_on_without_waiting():
+    """On Apple's MPS what such a copy brings may be read before it is there."""
+    copies = []
+    tensor = types.SimpleNamespace(device=torch.device("cpu"), pin_memory=lambda: tensor)
+    tensor.to = lambda device, **options: copies.append((device.type, options))
+    for kind in ("mps", "cuda"):
+        utils.to_device(tensor, torch.device(kind))
+    assert copies == [("mps", {}), ("cuda", {"non_blocking": True})]
+    sources = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
+    assert [path.name for path in sources if "non_blocking" in path.read_text("utf-8")] == ["utils.py"]

@@ -4,8 +4,6 @@ import dataclasses
 import math
 import os
 import re
-import subprocess
-import sys
 import types
 import warnings
 from pathlib import Path
@@ -347,42 +345,6 @@ def test_memory_stays_flat():
     assert resident_mib(150) - start < 20  # keeping the checkpoints of 150 runs takes ten times that
 
 
-TRITON = """
-import sys, torch
-sys.path[:0] = {paths!r}
-import test_wave, waves
-from waves import cpu, cuda, engine
-engine.BLOCK = cpu.BLOCK = cuda.BLOCK = 4
-survey = waves.Acquisition(sources=(1, 6), receivers=(7, 2), receiver_row=2, dt_s=5e-4, n_samples=9, n_pad=3)
-vel = test_wave.rough_maps(1, 5, 8, dtype=torch.{dtype})
-expected = test_wave.outcomes(vel, survey)
-engine._kernel = lambda device: (cuda.run, None)
-print(max(test_wave.error(a, b) for a, b in zip(test_wave.outcomes(vel, survey), expected)))
-"""
-
-
-def test_the_cuda_kernel_equals_the_cpu_one_in_tritons_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    code = TRITON.format(paths=[str(ROOT), str(ROOT / "tests")], dtype="float64")
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 1e-11
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_cuda_equals_cpu(dtype, tolerance):
-    for vel, acquisition in ((rough_maps(dtype=dtype), SMALL), (rough_maps(2, 70, 70, dtype=dtype), OPENFWI)):
-        for a, b in zip(outcomes(vel.cuda(), acquisition), outcomes(vel, acquisition), strict=True):
-            assert error(a.cpu(), b) < tolerance
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -478,27 +440,3 @@ def test_fields_are_made_on_the_device_of_the_map_whatever_it_is():
     assert engine.Job.empty(job, 2, 3).device.type == "meta"
     job.like = torch.empty(1)
     assert engine.Job.empty(job, 2, 3).device.type == "cpu"
-
-
-def broken_target():
-    raise RuntimeError("fatal error: Python.h: No such file or directory\nmore")
-
-
-@pytest.mark.parametrize(
-    "target, reason",
-    [
-        (broken_target, "launcher cannot be built: fatal error: Python.h"),
-        (lambda: types.SimpleNamespace(backend="cuda", arch=60), "this card has 6.0"),  # P100
-    ],
-)
-def test_where_triton_cannot_be_used_plain_pytorch_simulates(monkeypatch, target, reason):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from waves import cuda
-
-    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=target))
-    monkeypatch.setattr(cuda.triton.runtime, "driver", driver)
-    with pytest.raises(ImportError, match=reason):
-        cuda.check_launcher()
-    with pytest.warns(RuntimeWarning, match="simulating in plain PyTorch"):
-        passes.warn_once.cache_clear()
-        assert engine._kernel("cuda")[0].__name__ == "run_torch"

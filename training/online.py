@@ -159,10 +159,11 @@ class Simulated:
         self.thread.start()
 
     def _run(self):
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a new thread's is card 0
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
+            on_cuda = self.device.type == "cuda"
+            if on_cuda:
+                torch.cuda.set_device(self.device)  # a new thread's is card 0
+            stream = torch.cuda.Stream(self.device) if on_cuda else None
             for lane, k in self.chunks:
                 with torch.cuda.stream(stream):
                     pairs = exact_pairs(to_device(torch.from_numpy(self.plan.velocity(k)), self.device))
