@@ -28,13 +28,17 @@ def layers_of(field):
     share = np.histogram(runs, THICKNESS_BINS)[0] / len(runs)
     names = [f"thickness {a}-{b - 1}" for a, b in zip(THICKNESS_BINS, THICKNESS_BINS[1:], strict=False)]
     steps = np.diff(field, axis=0)[edge]
+    first = np.argmax(edge, 0)  # depth of each column's first interface
+    slopes = np.diff(first)[np.diff(first) != 0]
     return {
         "velocities": float(len(values)),
         "slow share": float((values < SLOW_M_S).mean()) if len(values) else 0.0,
         "steps that rise": float((steps > 0).mean()) if len(steps) else 1.0,
         "interfaces a column": float(edge.sum(0).mean()),
         "vertical edges a row": float((np.diff(field, axis=1) != 0).sum(1).mean()),
-        "interface dips": float((np.abs(np.diff(np.argmax(edge, 0))) > 0).mean()),
+        "interface dips": len(slopes) / (len(first) - 1),
+        "fold height": float(np.ptp(first)),
+        "fold turns": float((slopes[1:] * slopes[:-1] < 0).sum()),
         **dict(zip(names, share.tolist(), strict=True)),
     }
 

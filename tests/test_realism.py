@@ -43,6 +43,15 @@ def test_statistics_are_those_of_a_known_map():
     assert found["steps that rise"][0] == pytest.approx(2 / 3) and found["interfaces a column"][0] == 3
     assert found["thickness 8-10"][0] == 1  # the border cuts the first and last layer
     assert found["sharpest edge"][0] == 1600 and found["vertical edges a row"][0] == 0
+    assert found["fold height"][0] == found["fold turns"][0] == found["interface dips"][0] == 0
+
+
+def test_statistics_count_folds():
+    fold = np.rint(30 + 10 * np.sin(np.arange(70) * 3 * np.pi / 69))  # one and a half periods: three turns
+    field = np.where(np.arange(70)[:, None] < fold, 2000.0, 3000.0)
+    found = map_statistics.statistics(np.stack([field, field])[:, None])
+    assert found["fold height"][0] == 20 and found["fold turns"][0] == 3
+    assert found["interface dips"][0] == np.mean(np.diff(fold) != 0)
 
 
 def test_it_prints_ours_the_control_and_statistics_and_draws_without_labels(real, capsys):
