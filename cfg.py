@@ -51,7 +51,7 @@ class Config(Options):
         "auto, cpu, cuda, mps; each process takes its own card",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number", programs=(TRAIN,))
+    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number")
     threads: int = run(
         0,
         "CPU threads a process; 0 = this machine's cores, shared out",

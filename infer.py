@@ -3,55 +3,75 @@
 --input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files of (n, 5, 1000, 70), or
 folders of either. Each network predicts all gathers; the predictions are joined, post-processed, refined
 against the observed gathers and written. You can stop the program at any time: results are kept in
-`<out>.work/` until the output is complete, and the same command continues where it stopped. Options:
-`--help`.
+`<out>.work/` until the output is complete, and the same command continues where it stopped. Every card is
+used, and `torchrun … infer.py` uses many machines that share a folder. Options: `--help`.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cfg import INFER, MAPS, PREDICTIONS, fields_that_decide, parse
 from inference.ensemble import Ensemble, checkpoint_paths
-from inference.outputs import check_outputs, output_folders, write_outputs
+from inference.outputs import check_outputs, output_folders, write_outputs, write_pairs
 from inference.pseudo import check_root
 from inference.refine import Refiner, check_method, in_order
 from inference.results import GATHER_FIELDS, Work, digest, fingerprint, forget_changed
 from inference.submission import MAP_FIELD, check_velocities
 from inference.tta import predict_views
 from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
+from parallel.launch import launch
+from parallel.work import Bar, check_same, code_version, from_main, handed_out, on_all
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_steps, try_steps
 from report.scores import error_table, mae_of
 from training.loader import Loader
 from utils import StopSignals, check_family, check_writable, processes, run_program, to_device, write_atomic
 from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
+OF_A_PROCESS = ("device", "gpus", "threads", "workers")  # options that may differ between processes
+
+N_COMPARED = 8  # gathers whose contents must be the same on all processes
+
 
 def infer(cfg, process):
-    """Predict every gather of `cfg.input` into `cfg.out`; return the score, {} without --truth.
+    """Predict every gather of `cfg.input` into `cfg.out`; rank 0 returns the score, {} without --truth.
 
-    Raises ValueError, before any work, for options and files that do not fit together.
+    All processes take batches in turn; whatever needs every result is done by rank 0. Raises ValueError,
+    before any work, for options and files that do not fit together or differ between processes.
     """
-    check_options(cfg, process)
-    run = Run(cfg, process.device)
-    with Work(cfg.out) as run.work, StopSignals("the current batch, to keep it") as run.stop:
+    run = None
+
+    def prepare():
+        nonlocal run
+        check_options(cfg)
+        run = Run(cfg, process)
+
+    on_all(process, prepare)
+    check_same(process, run.seen())
+    score = {}
+    with Work(cfg.out, process) as run.work, StopSignals("the current batch, to keep it") as run.stop:
         predictions = [predict(run, k) for k in range(len(run.ensemble.members))]
         if cfg.fit:
-            fit(run, predictions)
+            run.ensemble.weights, run.fitted = from_main(
+                process, fit(run, predictions) if process.is_main else None, run.stop.check
+            )
         results = finish(run, predictions)
-        score = write_outputs(run, predictions, results)
-        run.work.remove()
+        if process.is_main:
+            score = write_outputs(run, predictions, results)
+        if cfg.pseudo:
+            write_pairs(run, predictions, results)
+        if process.is_main:
+            run.work.remove()
     return score
 
 
-def check_options(cfg, process):
+def check_options(cfg):
     """Raise ValueError for options that cannot work, before anything is read."""
-    if process.world > 1:
-        raise ValueError(f"infer.py is one process, torchrun started {process.world}; start it by python")
     if Path(cfg.out).is_dir():
         raise ValueError(f"{cfg.out}: is a folder; give a file by --out=FILE.csv")
     for folder in output_folders(cfg):
@@ -70,14 +90,15 @@ def check_options(cfg, process):
 class Run:
     """One call of the program: its options, inputs and networks; `infer` adds `work` and `stop`."""
 
-    def __init__(self, cfg, device):
-        self.cfg, self.device = cfg, device
+    def __init__(self, cfg, process):
+        self.cfg, self.process, self.device = cfg, process, process.device
         self.gathers = find_gathers(cfg.input)
         self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None
         check_outputs(cfg, self.gathers, self.truths)
-        check_values(self.gathers)
+        if process.is_main:
+            check_values(self.gathers)
         self.fitted = load_fit(cfg.use, len(checkpoint_paths(cfg.ckpt))) if cfg.use else {}
-        self.ensemble = Ensemble(cfg, device, self.fitted.get("ensemble_weights"))
+        self.ensemble = Ensemble(cfg, self.device, self.fitted.get("ensemble_weights"))
         refines = cfg.refine != "none"
         self.needs_misfit = bool(cfg.misfit or cfg.figures or cfg.pseudo or refines)
         self.needs_families = bool(
@@ -86,6 +107,18 @@ class Run:
         contents = {path: fingerprint(path) for path in {path for path, *_ in self.truths or ()}}
         truths = [(contents[path], *which) for path, *which in self.truths or ()]
         self.contents = {"ids": digest([gather.oid for gather in self.gathers]), "truths": digest(truths)}
+
+    def seen(self):
+        """What must be the same on all processes, {what it is: value}."""
+        options = dataclasses.asdict(self.cfg).items()
+        told = {"code": code_version()}
+        told |= {f"--{name}": value for name, value in options if name not in OF_A_PROCESS}
+        told["checkpoints"] = [fingerprint(member.path) for member in self.ensemble.members]
+        told["fitted values"] = digest(self.fitted)
+        told["gathers"] = f"{len(self.gathers)}, {digest([gather.oid for gather in self.gathers])}"
+        some = np.unique(np.linspace(0, len(self.gathers) - 1, N_COMPARED).round().astype(int)).tolist()
+        told["gathers' contents"] = digest(GatherDataset(self.gathers).read_batch(some)[1].tolist())
+        return told | {"true maps": self.contents["truths"]}
 
     @property
     def steps(self):
@@ -116,12 +149,13 @@ class Run:
         truth = self.truth(numbers)
         return torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
 
-    def read(self, batches, expected=None):
+    def read(self, batches, expected=None, is_slow=False):
         """Yield (numbers, seis on the device, digests) of each batch, read ahead; may stop between batches.
 
         expected: the digests of all gathers. Raises ValueError for a gather that has changed since.
+        is_slow: a batch takes much longer than its reading; none is taken ahead that others could have.
         """
-        n_workers = min(self.cfg.workers, os.cpu_count() or 1)
+        n_workers = 0 if is_slow else min(self.cfg.workers, os.cpu_count() or 1)
         for seis, digests, numbers in Loader(
             GatherDataset(self.gathers), batches, n_workers, self.device, ahead=False
         ):
@@ -134,10 +168,27 @@ class Run:
             yield numbers, to_device(seis, self.device), digests
             self.stop.check()
 
-    def bar(self, name, batches, disable=False):
-        """A progress bar over all gathers; those of the batches are still to be done."""
-        n = len(self.gathers)
-        return tqdm(total=n, initial=n - sum(map(len, batches)), unit="map", desc=name, disable=disable)
+    def results(self, name, job, fields, forget):
+        """`Work.results` of all gathers."""
+        return self.work.results(name, job, len(self.gathers), fields, forget, self.stop.check)
+
+    @contextlib.contextmanager
+    def taking(self, results, batches, name, disable=False):
+        """Yield the batches that this process takes, and a progress bar; then join all processes' results.
+
+        batches: all that hold a record to be done.
+        """
+        n, todo = len(self.gathers), sum(map(len, batches))
+        options = {"total": n, "initial": n - todo, "unit": "map", "desc": name, "disable": disable}
+        with Bar(self.process, results.path.stem, **options) as bar:
+            yield handed_out(self.process, results.path.stem, batches), bar
+
+            def pause():
+                bar.update()
+                self.stop.check()
+
+            self.work.join(results, pause)
+            bar.update()
 
     def processed(self, vel, families):
         """The maps (B, 1, 70, 70) after each post-processing step, a list."""
@@ -162,14 +213,13 @@ def predict(run, k):
     job = run.decided_by(PREDICTIONS, member.cfg) | {"checkpoint": fingerprint(member.path)}
     job |= {"recognises": run.needs_families}
     fields = [MAP_FIELD, ("errors", "f8", (len(ensemble.views),)), ("family", "i1"), *GATHER_FIELDS]
-    results = run.work.results(f"network{k}", job, len(run.gathers), fields)
-    forget_changed(results, run.gathers)
+    results = run.results(f"network{k}", job, fields, lambda kept: forget_changed(kept, run.gathers))
     batches = results.todo(in_order(range(len(run.gathers)), None, cfg.batch_size))
     if not batches:
         return results
     member.load()
-    with run.bar(member.path.name, batches) as bar:
-        for numbers, seis, digests in run.read(batches):
+    with run.taking(results, batches, member.path.name) as (mine, bar):
+        for numbers, seis, digests in run.read(mine):
             views = predict_views(member, seis, ensemble.views, member.mode)
             vel = fuse(views, [view.weight for view in ensemble.views], cfg.combine).cpu().numpy()
             check_velocities(vel, [run.gathers[i] for i in numbers], f"{member.path} predicts")
@@ -188,7 +238,10 @@ def predict(run, k):
 
 
 def fit(run, predictions):
-    """Fit ensemble weights, statistics and helpful steps to all predictions, and write them to `cfg.fit`."""
+    """Fit ensemble weights, statistics and helpful steps to all predictions, and write them to `cfg.fit`.
+
+    Returns (the weights, all that was fitted).
+    """
     cfg, ensemble = run.cfg, run.ensemble
     numbers = np.arange(len(run.gathers))
     truth = run.truth(numbers)
@@ -200,12 +253,13 @@ def fit(run, predictions):
     columns = {"as it is": mae_of(vel, truth), **errors, "auto": chain_errors}
     print(error_table(columns, [family for *_, family in run.truths]))
     print(f"--post=auto: {', '.join(steps) or 'no step helps'}")
-    run.fitted = {"ensemble_weights": ensemble.weights, "statistics": fit_statistics(vel, truth)}
-    run.fitted |= {"post": steps, "checkpoints": [str(m.path) for m in ensemble.members], "maps": len(truth)}
+    fitted = {"ensemble_weights": ensemble.weights, "statistics": fit_statistics(vel, truth)}
+    fitted |= {"post": steps, "checkpoints": [str(m.path) for m in ensemble.members], "maps": len(truth)}
     with write_atomic(cfg.fit, "w") as file:
-        json.dump(run.fitted, file)
+        json.dump(fitted, file)
     weights = ", ".join(f"{w:.3f}" for w in ensemble.weights)
     print(f"weights {weights}; fitted on {len(truth)} maps -> {cfg.fit}")
+    return ensemble.weights, fitted
 
 
 def finish(run, predictions):
@@ -216,18 +270,26 @@ def finish(run, predictions):
     job |= {"misfit": run.needs_misfit}
     fields = [MAP_FIELD, ("errors", "f8", (len(run.stages),)), ("refined", "?"), GATHER_FIELDS[0]]
     fields += [*((name, "f8") for name in MISFITS), *((name, "?") for name in WARNINGS)]
-    results, expected = run.work.results("final", job, n, fields), predictions[0]["gather"]
-    results.forget((results["gather"] != expected).any(1))
+    expected = predictions[0]["gather"]
+
+    def forget(kept):
+        kept.forget((kept["gather"] != expected).any(1))
+        if cfg.refine != "none":
+            Refiner(run.process, cfg, kept).forget_unfinished()
+
+    results = run.results("final", job, fields, forget)
     batches, refiner = in_order(range(n), None, cfg.batch_size), None
     if cfg.refine != "none":
-        refiner = Refiner(cfg, results)
+        refiner = Refiner(run.process, cfg, results)
         for member in ensemble.members:
             member.load()
         order = by_gain(run, predictions, refiner, job) if refiner.has_budget else range(n)
         batches = refiner.batches(order, ensemble.families(predictions), run.device)
     batches, misfits = results.todo(batches), []
-    gathers = run.read(batches, expected) if run.needs_misfit else ((b, None, None) for b in batches)
-    with run.bar("final", batches, disable=not run.needs_misfit) as bar:
+    with run.taking(results, batches, "final", disable=not run.needs_misfit) as (mine, bar):
+        gathers = ((numbers, None, None) for numbers in mine)
+        if run.needs_misfit:
+            gathers = run.read(mine, expected, is_slow=refiner is not None)
         for numbers, seis, _ in gathers:
             families = ensemble.families(predictions, numbers)
             maps, more = [ensemble.join(predictions, numbers).to(run.device)], {}
@@ -250,11 +312,11 @@ def finish(run, predictions):
 def by_gain(run, predictions, refiner, job):
     """The numbers of all gathers, those first for which refining promises the greatest gain per minute."""
     n, expected = len(run.gathers), predictions[0]["gather"]
-    results = run.work.results("gain", job, n, [("gain", "f8"), GATHER_FIELDS[0]])
-    results.forget((results["gather"] != expected).any(1))
+    fields = [("gain", "f8"), GATHER_FIELDS[0]]
+    results = run.results("gain", job, fields, lambda kept: kept.forget((kept["gather"] != expected).any(1)))
     batches = results.todo(in_order(range(n), None, run.cfg.batch_size))
-    with run.bar("gain", batches) as bar:
-        for numbers, seis, digests in run.read(batches, expected):
+    with run.taking(results, batches, "gain") as (mine, bar):
+        for numbers, seis, digests in run.read(mine, expected):
             vel = run.ensemble.join(predictions, numbers).to(run.device)
             maps = [vel, *run.processed(vel, run.ensemble.families(predictions, numbers))]
             gain = refiner.method.gain(seis, maps[-1]).cpu().numpy()
@@ -271,7 +333,8 @@ def main(argv):
             raise ValueError(
                 f"--{name}=PATH is needed: python infer.py --ckpt PATH --input FILE|DIR --out FILE.csv"
             )
-    with processes(cfg) as process:
+    launch(cfg, __file__, argv, lambda: len(find_gathers(cfg.input)))
+    with processes(cfg, "gloo") as process:
         infer(cfg, process)
 
 

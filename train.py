@@ -18,10 +18,12 @@ from cfg import network_config, parse
 from data import mean_map
 from model import build_model
 from networks.checkpoints import load_described
+from openfwi.files import find_pairs
 from openfwi.modes import preprocess
+from parallel.launch import launch
 from report.scores import Score, score_table
 from training.guards import BadSteps, Stop
-from training.launch import adapted, check_compile, check_config, launch, memory_explained
+from training.launch import adapted, check_compile, check_config, memory_explained
 from training.loader import make_loaders, prepare_data
 from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
@@ -46,12 +48,18 @@ def main(argv):
     elif cfg.ckpt:
         cfg = network_config(cfg, load_described(cfg.ckpt))
     check_config(cfg)
-    launch(cfg, __file__, argv)
+    launch(cfg, __file__, argv, lambda: check_data(cfg))
     if cfg.dry_run and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(cfg), indent=1))
     with processes(cfg) as process, memory_explained(cfg, process.device):
         check_compile(cfg, process.device)
         return train(cfg, process, folder, state)
+
+
+def check_data(cfg):
+    """Raise ValueError for data that cannot be read."""
+    if not cfg.synth_per_family:
+        find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
 
 
 def train(cfg, process, folder=None, state=None):

@@ -88,11 +88,7 @@ def run_program(main):
             raise
         rank = os.environ.get("RANK", "0")
         where = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
-        if isinstance(error, OSError) and error.filename:
-            error = f"{error.filename}: cannot be read or written ({error.strerror}); give another path"
-        # a loader's worker process sends its whole traceback: the last line is the reason
-        reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
-        print(f"{where}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+        print(f"{where}: error: {reason_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         _is_program = False
@@ -100,6 +96,15 @@ def run_program(main):
         sys.stdout.flush()
     except BrokenPipeError:  # all is done, only the last lines are not read
         drop_output()
+
+
+def reason_of(error):
+    """What an error says, on one line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: cannot be read or written ({error.strerror}); give another path"
+    # a loader's worker process sends its whole traceback: the last line is the reason
+    reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
+    return " ".join(reason.split())
 
 
 _is_program = False
@@ -137,13 +142,12 @@ class StopSignals:
     main thread alone: in another one nothing is changed.
     """
 
-    def __init__(self, waits_for, echo_s=0.0):
-        """waits_for: what the line says that follows the first signal, as "the current step".
-
-        Within `echo_s` a second signal is the first one's echo: a terminal sends Ctrl-C to torchrun and all
-        its processes, and torchrun passes it on to these.
-        """
-        self.waits_for, self.echo_s, self.number, self.before = waits_for, echo_s, 0, {}
+    def __init__(self, waits_for):
+        """waits_for: what the line says that follows the first signal, as "the current step"."""
+        self.waits_for, self.number, self.before = waits_for, 0, {}
+        # within which a second signal is the first one's echo: a terminal sends Ctrl-C to torchrun and all
+        # its processes, and torchrun passes it on to these
+        self.echo_s = 3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self.first_s = None  # when the first one came
 
     def __enter__(self):
@@ -157,9 +161,12 @@ class StopSignals:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if isinstance(error, Stopped):  # now that progress bars have ended their lines
-            name = signal.Signals(self.number).name
+        is_loss = self.number and isinstance(error, ConnectionError)  # another process has stopped first
+        if (is_loss or isinstance(error, Stopped)) and os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(self.number).name  # said now that progress bars have ended their lines
             say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
+        if is_loss:
+            raise Stopped(128 + self.number) from None
 
     def _catch(self, number, frame):
         if self.first_s is not None:
@@ -187,6 +194,7 @@ class Process:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    store: dist.Store | None = None  # of all processes of this start, where there are several
 
     @property
     def is_main(self):
@@ -222,10 +230,10 @@ def settings_restored():
 
 
 @contextlib.contextmanager
-def processes(cfg):
+def processes(cfg, backend=None):
     """Join torchrun's process group where there is one; yields this `Process`.
 
-    NCCL on CUDA, gloo elsewhere. Raises ValueError when a device is asked for
+    backend: None is NCCL on CUDA and gloo elsewhere. Raises ValueError when a device is asked for
     that is not there.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
@@ -235,23 +243,48 @@ def processes(cfg):
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // env["LOCAL_WORLD_SIZE"]))
         if device.type == "cpu" and is_program():
             keep_memory()
+        store = None
         if env["WORLD_SIZE"] > 1:
-            join_group(env, "nccl" if device.type == "cuda" else "gloo")
+            store = join_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
         try:
-            yield Process(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"])
+            yield Process(device, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], store)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-def join_group(env, backend):
-    """Join torchrun's process group, as its environment variables `env` say."""
+def join_group(backend):
+    """Join torchrun's process group; returns a store of this group's own."""
     store, rank, world = next(rendezvous("env://"))
-    if env["LOCAL_WORLD_SIZE"] == world:
-        # a restart on one machine finds the lost processes' addresses in the same store
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = fresh_store(store, rank, world)
     timeout = datetime.timedelta(hours=4)  # rank 0 may simulate a data set while the others wait
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    group_store = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=timeout)
+    return dist.PrefixStore("ours", store)
+
+
+def fresh_store(store, rank, world):
+    """The part of torchrun's store that belongs to this start alone.
+
+    Processes that torchrun has restarted find the lost ones' addresses in the store, and would wait for them
+    for ever; machines do not count restarts alike. So rank 0 draws a name, and tells it to each process that
+    introduces itself by a name of its own, until all have used it.
+    """
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello {rank}", name)
+        started = store.get(f"answer {name}").decode()
+        store.set(f"{started} {rank}", "")
+        return dist.PrefixStore(started, store)
+    awaited = set(range(1, world))
+    while awaited:
+        for other in sorted(awaited):
+            if store.check([f"{name} {other}"]):
+                awaited.discard(other)
+            elif store.check([f"hello {other}"]):  # a lost process's, perhaps: then the next one is answered
+                store.set(f"answer {store.get(f'hello {other}').decode()}", name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def keep_memory():

@@ -84,7 +84,7 @@ def check_outputs(cfg, gathers, truths):
 
 
 def write_outputs(run, predictions, results):
-    """Write the submission and all other outputs; return the score, {} without --truth."""
+    """Write the submission and all other outputs but `write_pairs`; return the score, {} without --truth."""
     cfg, oids = run.cfg, [gather.oid for gather in run.gathers]
     errors = results["errors"][:, -1] if run.truths else None
     recognised = run.ensemble.families(predictions)
@@ -108,13 +108,19 @@ def write_outputs(run, predictions, results):
         for i in worst:
             print(f"do not trust {oids[i]}: log misfit {results['log_misfit'][i]:.3f}")
         draw(path_next_to_out(cfg, "worst.png"), worst, run, results)
-    if cfg.pseudo:
-        good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
-        names = [recognised[i] or cfg.pseudo_family for i in good]
-        write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.device, run.stop.check)
-        print(f"{len(good)} of {len(oids)} maps, log misfit at most {cfg.pseudo_misfit:g} -> {cfg.pseudo}")
     print(f"{len(oids)} maps -> {cfg.out}")
     return print_scores(run, predictions, results, families) if run.truths else {}
+
+
+def write_pairs(run, predictions, results):
+    """Write the maps that explain their gathers as training pairs; all processes take part."""
+    cfg, recognised = run.cfg, run.ensemble.families(predictions)
+    good = np.flatnonzero(results["log_misfit"] <= cfg.pseudo_misfit)
+    names = [recognised[i] or cfg.pseudo_family for i in good]
+    write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.process, run.stop.check)
+    if run.process.is_main:
+        told = f"{len(good)} of {len(recognised)} maps, log misfit at most {cfg.pseudo_misfit:g}"
+        print(f"{told} -> {cfg.pseudo}")
 
 
 def write_traces(path, oids, results):

@@ -1,11 +1,13 @@
 """Predictions as training data: each map with the gather simulated from it is an exact pair."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from openfwi.npy import GATHER_SHAPE
+from parallel.work import handed_out, on_all, wait_for_all
 from utils import FAMILIES, sole_use, write_atomic
 from waves.misfit import simulated
 
@@ -26,15 +28,20 @@ def pair_paths(root, family, number):
     return tuple(Path(root, family, what, f"{what}{number + 1}.npy") for what in ("data", "model"))
 
 
-def write_pseudo(root, maps, families, batch_size=16, device="cpu", pause=lambda: None):
+def write_pseudo(root, maps, families, batch_size, process, pause=lambda: None):
     """Write maps (N, 1, 70, 70) float32 m/s and their simulated gathers as a data folder for training.
 
-    families: a name for each map. A file appears only when complete, the seismic file of a pair last. Pairs
-    left by an interrupted call with the same maps are kept. `pause` is called after each batch and may raise.
-    Raises ValueError if another process is writing into the folder, or if it holds pairs of other maps.
+    families: a name for each map. All processes take files. A file appears only when complete, the seismic
+    file of a pair last. Pairs left by an interrupted call with the same maps are kept. `pause` is called
+    after each batch and may raise. Raises ValueError if another command is writing into the folder, or if it
+    holds pairs of other maps.
     """
-    with sole_use(root):
-        for seis_path, vel_path, vel in _pairs(root, maps, families):
+    with contextlib.ExitStack() as held:
+        on_all(process, lambda: held.enter_context(sole_use(root)) if process.is_main else None)
+        pairs = list(_pairs(root, families))
+        for k in handed_out(process, "pseudo", list(range(len(pairs)))):
+            seis_path, vel_path, numbers = pairs[k]
+            vel = np.stack([maps[i] for i in numbers])
             if seis_path.exists():
                 if not np.array_equal(np.load(vel_path), vel):
                     raise ValueError(f"{vel_path}: holds other maps; give an empty folder by --pseudo=DIR")
@@ -44,18 +51,16 @@ def write_pseudo(root, maps, families, batch_size=16, device="cpu", pause=lambda
             with write_atomic(seis_path) as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(vel), *GATHER_SHAPE)}
                 np.lib.format.write_array_header_1_0(file, header)
-                for k in range(0, len(vel), batch_size):
-                    batch = torch.from_numpy(vel[k : k + batch_size]).to(device)
+                for start in range(0, len(vel), batch_size):
+                    batch = torch.from_numpy(vel[start : start + batch_size]).to(process.device)
                     file.write(simulated(batch).cpu().numpy().astype("<f4").tobytes())
                     pause()
+        wait_for_all(process, pause)
 
 
-def _pairs(root, maps, families):
-    """(seismic path, velocity path, maps) of each file pair."""
+def _pairs(root, families):
+    """(seismic path, velocity path, numbers of the maps) of each file pair."""
     for family in FAMILIES:
         mine = [i for i, name in enumerate(families) if name == family]
         for number, start in enumerate(range(0, len(mine), PER_FILE)):
-            yield (
-                *pair_paths(root, family, number),
-                np.stack([maps[i] for i in mine[start : start + PER_FILE]]),
-            )
+            yield *pair_paths(root, family, number), mine[start : start + PER_FILE]

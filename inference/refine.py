@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from inversion.feedback import feedback
 from inversion.invert import expected_gain, invert, is_searched
+from parallel.work import Total
 
 
 def in_order(numbers, families, size):
@@ -76,21 +77,28 @@ def check_method(name):
 class Refiner:
     """Refine the gathers of `results` by --refine, within --refine_budget minutes for all; 0 = no limit.
 
-    The method's reports are noted in `results`. Gathers that had too little time because the budget was spent
-    are done again if there is more budget now.
+    The method's reports are noted in `results`.
     """
 
-    def __init__(self, cfg, results):
+    def __init__(self, process, cfg, results):
         self.cfg, self.results, self.method = cfg, results, REFINE[cfg.refine]
         self.has_budget = bool(cfg.refine_budget and self.method.gain)
-        self.spent_s = sum(note.get("seconds", 0) for note in results.notes())
+        self.spent_before_s = sum(note.get("seconds", 0) for note in results.notes())
+        self.spent_ms = Total(
+            process, "refining ms"
+        )  # by all processes; gathers being refined count with all they may take
+
+    def forget_unfinished(self):
+        """Have gathers that had too little time, as the budget was spent, done again if there is more now."""
         if self.minutes_left > 0:
-            results.forget(~results["refined"])
+            self.results.forget(~self.results["refined"])
 
     @property
     def minutes_left(self):
         """Minutes left of the budget."""
-        return self.cfg.refine_budget - self.spent_s / 60 if self.has_budget else math.inf
+        if not self.has_budget:
+            return math.inf
+        return self.cfg.refine_budget - (self.spent_before_s + self.spent_ms.add() / 1000) / 60
 
     def batches(self, numbers, families, device):
         """The gathers `numbers` in batches that the method refines together; families: of all gathers."""
@@ -99,17 +107,20 @@ class Refiner:
 
     def __call__(self, model, numbers, seis, vel, families):
         """Refine maps: (maps, whether each had enough time). With the budget spent, they stay unchanged."""
-        minutes = min(self.cfg.refine_minutes, self.minutes_left / len(numbers))
-        if self.minutes_left > 0:
+        left = self.minutes_left
+        minutes = min(self.cfg.refine_minutes, left / len(numbers))
+        if left > 0:
+            reserved_ms = round(60_000 * minutes * len(numbers)) if self.has_budget else 0
+            self.spent_ms.add(reserved_ms)
             cfg = dataclasses.replace(self.cfg, refine_minutes=minutes)
             vel, traces = self.method.refine(model, seis, vel, families, cfg)
+            self.spent_ms.add(round(1000 * sum(trace.get("seconds", 0) for trace in traces)) - reserved_ms)
             is_whole = minutes == self.cfg.refine_minutes
             done = [is_whole or trace.get("seconds", 0) < 60 * minutes for trace in traces]
         else:
             done = [False] * len(numbers)
             traces = [{"kept": "guess", "why": "--refine_budget is spent"} for _ in numbers]
         for number, trace in zip(numbers, traces, strict=True):
-            self.spent_s += trace.get("seconds", 0)
             if (steps := trace.pop("steps", ())) and self.cfg.figures:
                 self.results.keep_steps(number, steps)
         self.results.note(numbers, traces)

@@ -6,13 +6,18 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from pathlib import Path
 
 import numpy as np
 
 from openfwi.gathers import DIGEST_BYTES, GatherDataset
 from openfwi.inspect_data import sha256
+from parallel.work import on_all, wait_for_all
 from utils import read_lines, sole_use, write_atomic
+
+SEEN_S = 10.0  # within which a file made on one machine is seen on another
 
 
 def not_written(path, error):
@@ -26,31 +31,80 @@ def not_written(path, error):
 class Results:
     """A file with a record for each gather, whose fields are read by name and written once.
 
-    The last byte of a record says that it is complete, and is written together with it.
+    The last byte of a record says that it is complete, and is written together with it. Where several
+    processes share the work, each appends its records and notes to files of its own; rank 0 joins them.
     """
 
-    def __init__(self, path, n, fields):
-        """Open or make a file of n records; fields: (name, dtype) or (name, dtype, shape) each."""
-        self.path, self.dtype = Path(path), np.dtype([*fields, ("done", "u1")])
+    def __init__(self, path, n, fields, part=""):
+        """A file of n records; fields: (name, dtype) or (name, dtype, shape) each.
+
+        part: names the files that this process alone writes; "" if there is no other process.
+        """
+        self.path, self.n, self.part = Path(path), n, part
+        self.dtype = np.dtype([*fields, ("done", "u1")])
+        self.part_dtype = np.dtype([("number", "i8"), *fields, ("done", "u1")])
+
+    def make(self):
+        """Make the file if it is missing, with no record done, and open it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = n * self.dtype.itemsize
         with open(self.path, "ab") as file:
-            file.truncate(size)  # the new part reads as zeros: nothing is done
-        self.records = np.memmap(self.path, self.dtype, "r", shape=(n,))
+            file.truncate(self.n * self.dtype.itemsize)  # the new part reads as zeros: nothing is done
+        return self.open()
+
+    def open(self):
+        """Read what has been put and joined so far; returns self."""
+        self.records = np.memmap(self.path, self.dtype, "r", shape=(self.n,))
+        return self
 
     def __len__(self):
-        return len(self.records)
+        return self.n
 
     def __getitem__(self, name):
         return self.records[name]
 
     def put(self, numbers, **fields):
         """Write the records `numbers`; the values of each field have a row for each number."""
-        records = np.zeros(len(numbers), self.dtype)
+        records = np.zeros(len(numbers), self.part_dtype if self.part else self.dtype)
         for name, values in fields.items():
             records[name] = values
         records["done"] = 1
-        self._write(numbers, records)
+        if self.part:
+            records["number"] = numbers
+            self._append(records)
+        else:
+            self._write(numbers, records)
+
+    def _append(self, records):
+        path = self._next_to(f"{self.part}.part")
+        try:
+            with open(path, "ab", buffering=0) as file:
+                if file.write(records.tobytes()) < records.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise not_written(path, error) from None
+
+    def join(self, parts=()):
+        """Take over what each process has put and noted, now or before it was interrupted, and open it.
+
+        parts: those of today's processes, which this machine's list of the folder may still lack.
+        """
+        stem = self.path.stem
+        found = {path for end in ("part", "notes") for path in self.path.parent.glob(f"{stem}.*.{end}")}
+        for part in sorted({path.name.split(".")[1] for path in found} | set(parts)):
+            path, notes = self._next_to(f"{part}.part"), self._next_to(f"{part}.notes")
+            n_bytes = path.stat().st_size if path.exists() else 0
+            if n := n_bytes // self.part_dtype.itemsize:  # the last one may be cut short
+                records = np.memmap(path, self.part_dtype, "r", shape=(n,))
+                # a power cut may have kept the length of a file but not its numbers
+                whole = np.flatnonzero(records["done"] == 1)
+                fields = records[list(self.dtype.names)]
+                self._write(records["number"][whole].tolist(), (fields[k] for k in whole))
+            if notes.exists():
+                with open(self._next_to("trace.jsonl"), "ab") as file:
+                    file.write(notes.read_bytes())
+            for done in (notes, path):
+                done.unlink(missing_ok=True)
+        return self.open()
 
     def forget(self, where):
         """Mark the records where the mask (n,) is true as not done."""
@@ -61,8 +115,8 @@ class Results:
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 for number, record in zip(numbers, records, strict=True):
-                    file.seek(number * record.nbytes)
-                    if file.write(record.tobytes()) < record.nbytes:
+                    file.seek(number * self.dtype.itemsize)
+                    if file.write(record.astype(self.dtype).tobytes()) < self.dtype.itemsize:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise not_written(self.path, error) from None
@@ -79,14 +133,17 @@ class Results:
 
     def note(self, numbers, traces):
         """Keep a dictionary for JSON of each record. The last one noted for a number counts."""
-        with open(self._next_to("trace.jsonl"), "a", encoding="utf-8") as file:
+        name = f"{self.part}.notes" if self.part else "trace.jsonl"
+        with open(self._next_to(name), "a", encoding="utf-8") as file:
             for number, trace in zip(numbers, traces, strict=True):
                 # a line break first, since the last line may have been cut short
                 file.write("\n" + json.dumps({"number": number, **trace}))
 
     def notes(self):
         """Every dictionary noted so far, in order, each with the "number" of its record."""
-        for line in read_lines(self._next_to("trace.jsonl")):
+        for line in dict.fromkeys(
+            read_lines(self._next_to("trace.jsonl"))
+        ):  # an interrupted `join` repeats some
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
@@ -111,37 +168,92 @@ class Results:
 class Work:
     """The folder `<out>.work/`, which holds the results of an unfinished run until its output is complete.
 
-    Use it in a `with`: it then belongs to this process alone. Raises ValueError if another process has it.
+    Use it in a `with`: it then belongs to this command alone, for all of whose processes rank 0 locks it.
+    Raises ValueError if another command has it, or if a process sees another folder than rank 0.
     """
 
     RESULT_NAME = re.compile(r"[a-z]+\d*-[0-9a-f]{16}\..+")
 
-    def __init__(self, out):
-        self.folder, self.held = Path(f"{out}.work"), contextlib.ExitStack()
+    def __init__(self, out, process):
+        self.folder, self.process, self.held = Path(f"{out}.work"), process, contextlib.ExitStack()
 
     def __enter__(self):
-        self.held.enter_context(sole_use(self.folder))
+        self.token = on_all(self.process, self._hold)[0]
+        on_all(self.process, self._look)
         return self
 
+    def _hold(self):
+        """Lock the folder on rank 0; returns a name for this start, which a file there bears."""
+        if not self.process.is_main:
+            return None
+        self.held.enter_context(sole_use(self.folder))
+        token = secrets.token_hex(8)
+        if self.process.world > 1:
+            self._sign(token).touch()
+        return token
+
+    def _sign(self, token):
+        """The file by which processes recognise the folder."""
+        return self.folder / f"start-{token}.sign"
+
+    def _look(self):
+        deadline = time.monotonic() + SEEN_S
+        while self.process.world > 1 and not self._sign(self.token).exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{self.folder.absolute()}: not the folder that process 0 has here; give an --out in a "
+                    "folder that all machines share"
+                )
+            time.sleep(0.1)
+
     def __exit__(self, *error):
+        if not self.process.is_main:
+            return
+        self._sign(self.token).unlink(missing_ok=True)
         if not any(self.RESULT_NAME.fullmatch(path.name) for path in self.folder.iterdir()):
             (self.folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files lie there
                 self.folder.rmdir()
         self.held.close()
 
-    def results(self, name, job, n, fields):
-        """Results kept under a name for a job, {what decides them: value}; another job's are removed."""
+    def results(self, name, job, n, fields, forget=lambda results: None, pause=lambda: None):
+        """Results kept under a name for a job, {what decides them: value}; another job's are removed.
+
+        forget(results) is called on rank 0 before any process sees them, and may mark records as not done.
+        pause() is called while waiting for other processes, and may raise.
+        """
         path = self.folder / f"{name}-{digest(job)}.bin"
-        if path.exists():
-            results = Results(path, n, fields)
-            print(f"{path}: going on, {int(results['done'].sum())} of {n} done")
-            return results
-        for stale in self.folder.glob(f"{name}-*"):
-            if stale.suffix == ".bin":
-                print(f"{stale}: of other options or files; starting afresh")
-            stale.unlink()
-        return Results(path, n, fields)
+        part = self._part(self.process.rank) if self.process.world > 1 else ""
+        results = Results(path, n, fields, part)
+        if self.process.is_main:
+            is_known = path.exists()
+            for stale in () if is_known else self.folder.glob(f"{name}-*"):
+                if stale.suffix == ".bin":
+                    print(f"{stale}: of other options or files; starting afresh")
+                stale.unlink()
+            results.make().join()
+            forget(results)
+            if is_known:
+                print(f"{path}: going on, {int(results['done'].sum())} of {n} done")
+        wait_for_all(self.process, pause)
+        return results.open()
+
+    def join(self, results, pause=lambda: None):
+        """Wait for all processes, then let each see what all have put; `pause` as above.
+
+        Raises ValueError if something is missing.
+        """
+        wait_for_all(self.process, pause)
+        if self.process.is_main and self.process.world > 1:
+            results.join([self._part(rank) for rank in range(self.process.world)])
+        wait_for_all(self.process, pause)
+        if not results.open()["done"].all():
+            raise ValueError(
+                f"{results.path}: another process's results are not seen here; the same command continues"
+            )
+
+    def _part(self, rank):
+        return f"{self.token}-{rank}"
 
     def remove(self):
         """Remove all results, once the output is complete, and no other file that may lie there."""

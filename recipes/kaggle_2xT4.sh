@@ -7,4 +7,5 @@ WEIGHTS=--pretrained=false
 if [ -n "${PRETRAINED:-}" ]; then WEIGHTS=--pretrained="$PRETRAINED"; fi
 python train.py --data_root="$DATA/train_samples" --name=kaggle "$WEIGHTS" --precision=float16 \
   --batch_size=16 --lr=3e-4 --epochs=40 --workers=2 --resume=auto
+# on both cards
 python infer.py --ckpt="$(ls -d runs/*-kaggle | tail -1)/best.pt" --input="$DATA/test" --tta --out=submission.csv

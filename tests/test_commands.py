@@ -96,7 +96,7 @@ def test_options_named_on_their_own_exist_and_take_their_values(page):
     declared = {field.name for field in dataclasses.fields(Config)}
     for options in (SynthOptions, PublishOptions, *(o for o, _ in bench.BENCHMARKS.values() if o)):
         declared |= {field.name for field in dataclasses.fields(options)}
-    declared |= {"preset", "help", "verify", "pack", "nproc_per_node"}
+    declared |= {"preset", "help", "verify", "pack", "nproc_per_node", "nnodes", "max_restarts"}
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     for code in re.findall(r"`(--[^`\n]+)`", text):
         for word in code.split():

@@ -114,13 +114,12 @@ def test_sigterm_loses_no_step(files, whole, tmp_path):
     assert_same_run(last(tmp_path), whole)
 
 
-def test_a_lost_rank_ends_the_others_and_torchrun_restarts_carry_on(files, whole, tmp_path):
-    def kill_a_worker(agent):
-        children = subprocess.run(
-            ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+def kill_a_worker(agent):
+    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
 
+
+def test_a_lost_rank_ends_the_others_and_torchrun_restarts_carry_on(files, whole, tmp_path):
     lost = start(2, files, tmp_path / "lost")
     wait_for(lambda: steps_logged(tmp_path / "lost") >= 2)
     kill_a_worker(lost)
@@ -138,6 +137,18 @@ def test_two_nodes_equal_one(files, whole, tmp_path):
     port = random.randint(20_000, 40_000)
     launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two"]
     nodes = [start(1, files, tmp_path, launcher=launcher) for _ in range(2)]
+    for node in nodes:
+        finish(node)
+    assert_same_run(last(tmp_path), whole)
+
+
+def test_a_rank_lost_on_one_of_two_nodes_is_started_again_on_both(files, whole, tmp_path):
+    port = random.randint(20_000, 40_000)
+    launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=lost"]
+    launcher += ["--max-restarts=3"]
+    nodes = [start(1, files, tmp_path, "--resume=auto", launcher=launcher) for _ in range(2)]
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    kill_a_worker(nodes[0])
     for node in nodes:
         finish(node)
     assert_same_run(last(tmp_path), whole)

@@ -17,7 +17,7 @@ from model import build_model
 from networks.checkpoints import save_checkpoint
 from openfwi.files import find_pairs
 from openfwi.gathers import GatherDataset, find_gathers, find_truths, read_truth
-from utils import Process, mirror_survey
+from utils import mirror_survey
 from waves.equation import simulate
 from waves.misfit import log_misfit, misfit
 
@@ -65,7 +65,7 @@ def test_openfwi_files_are_scored_per_family(tmp_path, checkpoint):
         write_pair(tmp_path, family, n=2)
     out = tmp_path / "s.csv"
     args = words_for(checkpoint, "--input", tmp_path, "--truth", tmp_path, "--out", out)
-    score = infer(parse(args), Process(torch.device("cpu")))
+    score = infer(parse(args), CPU)
     assert {name: n for name, (_, n) in score.items()} == {"FlatVel_A": 2, "FlatFault_B": 2, "all": 4}
     assert "FlatVel_A_data_data1_0_y_0," in out.read_text()
 
@@ -279,9 +279,9 @@ def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, ca
     with pytest.raises(ValueError, match=r"holds .*npy already; give an empty folder by --pseudo"):
         run("--pseudo", root)
     velocities = np.load(found[0].vel)
-    write_pseudo(root, velocities, [found[0].family] * 2)  # the same maps: goes on
+    write_pseudo(root, velocities, [found[0].family] * 2, 2, CPU)  # the same maps: goes on
     with pytest.raises(ValueError, match="holds other maps; give an empty folder"):
-        write_pseudo(root, velocities + 1, [found[0].family] * 2)
+        write_pseudo(root, velocities + 1, [found[0].family] * 2, 2, CPU)
     rows = list(csv.DictReader((tmp_path / "s.misfit.csv").open()))
     limit = sum(sorted(float(row["log_misfit"]) for row in rows)[1:3]) / 2  # the file has six digits
     run("--pseudo", tmp_path / "best", f"--pseudo_misfit={limit}")
@@ -307,12 +307,6 @@ def test_options_that_do_not_fit_are_refused_before_any_work(run, tmp_path, word
     with pytest.raises((ValueError, OSError), match=message):
         run(*words)
     assert not list(tmp_path.rglob("*.work"))
-
-
-def test_torchrun_is_refused(checkpoint, tmp_path):
-    cfg = parse(words_for(checkpoint, "--input", kaggle_folder(tmp_path / "test", 1)))
-    with pytest.raises(ValueError, match="one process, torchrun started 2"):
-        infer(cfg, Process(torch.device("cpu"), world=2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, kaggle_folder
 
+import infer
 import train
 from cfg import Config
 from networks.checkpoints import load_checkpoint
-from training.launch import launch, memory_explained
+from parallel.launch import launch
+from training.launch import memory_explained
 
 
 def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
@@ -23,9 +25,9 @@ def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
     monkeypatch.setattr("utils._is_program", True)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="data_openfwi: no such folder"):
-        launch(Config(), "train.py", [])
+        train.main(["--arch=seisnext"])
     assert not commands
-    launch(Config(synth_per_family=1), "train.py", ["--lr=1"])
+    launch(Config(), "train.py", ["--lr=1"])
     assert "--nproc_per_node=3" in commands[0] and commands[0][-1] == "--lr=1"
     for cfg in (Config(gpus="1"), Config(device="cpu")):
         launch(cfg, "train.py", [])
@@ -40,6 +42,20 @@ def test_several_cards_start_a_process_each_unless_torchrun_has(monkeypatch):
             Config(gpus=wrong)
     with pytest.raises(ValueError, match="--gpus=0 is gone; write --device=cpu"):
         Config(gpus="0")
+
+
+def test_infer_starts_no_more_processes_than_there_are_gathers(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words) or sys.exit(0))
+    monkeypatch.setattr("utils._is_program", True)
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["--ckpt=a.pt", f"--input={kaggle_folder(tmp_path / 'test', 3)}"]
+    with pytest.raises(SystemExit):
+        infer.main(words)
+    assert "--nproc_per_node=3" in commands[0] and commands[0][-2:] == words
+    with pytest.raises(ValueError, match="none: "):
+        infer.main(["--ckpt=a.pt", f"--input={tmp_path / 'none'}"])
 
 
 def test_a_missing_data_folder_is_said_before_missing_weights(tmp_path, refuses):
@@ -63,8 +79,8 @@ def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_h
         torch.set_num_threads(1)
     assert load_checkpoint(folder / "last.pt")["progress"]["step"] == 8
     assert before == after and not torch.are_deterministic_algorithms_enabled()
-    assert "training on one of 2 cards, as called from Python" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--gpus=2: a call from Python trains on one card"):
+    assert "using one of 2 cards, as called from Python" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--gpus=2: a call from Python uses one card"):
         train_here("--device=auto", "--gpus=2")
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import math
-import os
 import signal
 import sys
 
@@ -129,8 +128,7 @@ class Stop(StopSignals):
     """Becomes true on all ranks at once after a signal to any of them, or when nobody reads the output."""
 
     def __init__(self, process):
-        is_torchruns = "TORCHELASTIC_RUN_ID" in os.environ
-        super().__init__("the current step or validation", echo_s=3.0 if is_torchruns else 0.0)
+        super().__init__("the current step or validation")
         self.process, self.signal = process, 0  # what all ranks have agreed on; `number` may change meanwhile
         # its own group: on CUDA the default one would make the CPU wait for the device
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None

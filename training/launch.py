@@ -1,17 +1,15 @@
-"""Before training starts: options that cannot work together, and one process for each card."""
+"""Before training starts: options that cannot work together."""
 
 import contextlib
 import dataclasses
 import os
-import sys
-from pathlib import Path
 
 import torch
 
 from model import check_model
-from openfwi.files import check_folder, find_pairs
+from openfwi.files import check_folder
 from training.loss import parse_family_weights
-from utils import check_writable, is_program
+from utils import check_writable
 
 
 def adapted(cfg):
@@ -95,29 +93,3 @@ def memory_explained(cfg, device):
 
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def launch(cfg, program, argv):
-    """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
-
-    Called from Python, say that one card is used instead. Raises ValueError when more processes are asked for
-    than there are cards, or than a call from Python can start.
-    """
-    if "RANK" in os.environ:
-        return
-    n_cards = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
-    n = n_cards if cfg.gpus == "auto" else int(cfg.gpus)
-    if n > n_cards:
-        raise ValueError(
-            f"--gpus={n}: {n_cards} CUDA devices found; ask for at most that many, or --gpus=auto"
-        )
-    command = f"python {Path(program).name} --gpus={n}"
-    if n > 1 and not is_program():
-        if cfg.gpus != "auto":
-            raise ValueError(f"--gpus={n}: a call from Python trains on one card; use the program: {command}")
-        print(f"training on one of {n} cards, as called from Python; for all of them: {command}", flush=True)
-    elif n > 1:
-        if not cfg.synth_per_family:  # one line now rather than one from every process
-            find_pairs((*cfg.data_root, *cfg.val_root), cfg.families, cfg.skip_bad_files)
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", program, *argv]
-        os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on

@@ -1,0 +1,319 @@
+"""Many processes on one piece of work: the bytes of one process, whatever dies."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, kaggle_folder, words_for
+
+import infer
+import waves
+from inference.results import Results
+from utils import run_program
+
+N_KILLS = int(os.environ.get("N_KILLS", 2))  # docs/experiments has 20
+OPTIONS = (
+    "--tta",
+    "--device=cpu",
+    "--refine=feedback",
+    "--refine_rounds=1",
+    "--post=round",
+    "--batch_size=1",
+)
+N = 5  # gathers
+
+
+class Ranks:
+    """Processes as torchrun starts them, forked from this one: torch is not loaded anew by each."""
+
+    def __init__(self, main, words, world, folder, before=lambda rank: None):
+        """before(rank): called in each process before the program."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.logs = [folder / f"log{time.monotonic_ns()}-{rank}" for rank in range(world)]
+        self.pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    sys.stdout = sys.stderr = open(self.logs[rank], "w", buffering=1)
+                    for number in (1, 2):
+                        os.dup2(sys.stdout.fileno(), number)
+                    env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+                    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in env.items()})
+                    sys.argv = ["program.py", *map(str, words)]
+                    before(rank)
+                    run_program(main)
+                    code = 0
+                except SystemExit as stop:
+                    code = stop.code
+                except BaseException as error:
+                    print(f"traceback of {error!r}")
+                finally:
+                    os._exit(code)
+            self.pids.append(pid)
+
+    def wait(self, timeout=120):
+        """Exit codes by rank, negative for signals; what they said, by rank."""
+        deadline = time.monotonic() + timeout
+        codes = {}
+        while len(codes) < len(self.pids):
+            for rank, pid in enumerate(self.pids):
+                ended, status = os.waitpid(pid, os.WNOHANG) if rank not in codes else (0, 0)
+                if ended:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError("waited too long:\n" + "\n".join(self.told()))
+            time.sleep(0.01)
+        return [codes[rank] for rank in range(len(self.pids))], self.told()
+
+    def told(self):
+        return [log.read_text() if log.exists() else "" for log in self.logs]
+
+    def kill(self, ranks=None):
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            os.kill(self.pids[rank], signal.SIGKILL)
+
+
+def outputs(folder, name):
+    """The bytes of all that a run has written, by name."""
+    paths = [path for path in folder.glob(f"{name}*") if path.is_file()]
+    paths += (folder / f"{name}-pseudo").rglob("*.npy")
+    return {str(path.relative_to(folder)).replace(name, "", 1): path.read_bytes() for path in paths}
+
+
+def simulate_at_once(vel):
+    """Something like gathers (B, 5, 1000, 70) of maps."""
+    return (vel[:, :, :1] / 1000).repeat(1, 5, 1000, 1)
+
+
+@pytest.fixture(autouse=True)
+def no_waves(monkeypatch):
+    monkeypatch.setattr(waves, "simulate", simulate_at_once)
+    monkeypatch.setattr("parallel.work.LAST_WORDS_S", 0.5)
+
+
+@pytest.fixture(scope="module")
+def gathers(tmp_path_factory):
+    return kaggle_folder(tmp_path_factory.mktemp("many") / "test", N)
+
+
+@pytest.fixture
+def words(checkpoint, gathers, tmp_path):
+    def make(name, *more):
+        out = (
+            "--out",
+            tmp_path / f"{name}.csv",
+            "--pseudo",
+            tmp_path / f"{name}-pseudo",
+            "--pseudo_misfit=9",
+        )
+        return words_for(
+            checkpoint, "--input", gathers, *OPTIONS, *out, "--save_maps", tmp_path / name, *more
+        )
+
+    return make
+
+
+@pytest.fixture
+def whole(words, tmp_path):
+    """What one process writes."""
+    infer.main(words("whole"))
+    return outputs(tmp_path, "whole")
+
+
+def infer_by(world, words, tmp_path, before=lambda rank: None):
+    return Ranks(infer.main, words, world, tmp_path, before)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_gives_the_bytes_of_one(whole, words, tmp_path, world):
+    codes, told = infer_by(world, words("many"), tmp_path).wait()
+    assert codes == [0] * world, told
+    assert outputs(tmp_path, "many") == whole and len(whole) == 5
+    assert sum("maps -> " in text for text in told) == 1  # rank 0 alone speaks
+    assert not list(tmp_path.rglob("*.work"))
+
+
+def log_puts(path):
+    """Note each record in `path` once it is kept."""
+    put = Results.put
+
+    def noted(self, numbers, **fields):
+        put(self, numbers, **fields)
+        with open(path, "a") as file:
+            file.write("".join(f"{self.path.stem} {number} {os.environ['RANK']}\n" for number in numbers))
+
+    Results.put = noted  # in a process of its own
+
+
+def test_killed_at_any_time_and_started_again_by_others_it_gives_the_same_bytes(whole, words, tmp_path):
+    """`N_KILLS=20 python -m pytest tests/test_many.py -k killed`; all that is done once stays done."""
+    draw, puts, n_kills = random.Random(0), tmp_path / "puts", 0
+    while n_kills < N_KILLS:
+        world = draw.choice([2, 3, 4])
+        n_before = puts.read_text().count("\n") if puts.exists() else 0
+        ranks = infer_by(world, words("many"), tmp_path, lambda rank: log_puts(puts))
+        deadline = time.monotonic() + 120
+        while not puts.exists() or puts.read_text().count("\n") <= n_before:
+            assert time.monotonic() < deadline, ranks.told()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        lost = draw.randrange(world)
+        ranks.kill([lost])  # torchrun ends the others
+        ranks.kill(rank for rank in range(world) if rank != lost)
+        codes, told = ranks.wait()
+        if not any(codes):  # at its end
+            break
+        n_kills += 1
+    codes, told = infer_by(3, words("many"), tmp_path, lambda rank: log_puts(puts)).wait()
+    assert codes == [0, 0, 0] and (not n_kills or "going on, " in told[0]), told
+    assert outputs(tmp_path, "many") == whole
+    kept = [line.split()[:2] for line in puts.read_text().splitlines()]
+    assert len(kept) == 2 * N and len({tuple(line) for line in kept}) == 2 * N
+
+
+def test_a_slow_process_takes_fewer_batches_and_holds_nobody(words, tmp_path):
+    puts = tmp_path / "puts"
+
+    def slow(rank):
+        log_puts(puts)
+        put = Results.put
+        if rank:
+            Results.put = lambda *args, **fields: (time.sleep(3), put(*args, **fields))
+
+    codes, told = infer_by(2, words("many"), tmp_path, slow).wait()
+    assert codes == [0, 0], told
+    of_rank_1 = [line for line in puts.read_text().splitlines() if line.endswith(" 1")]
+    assert len(of_rank_1) <= 2  # one of each stage
+
+
+def test_a_lost_process_is_said_by_the_others_and_loses_its_batch_alone(whole, words, tmp_path):
+    def die(rank):
+        log_puts(tmp_path / "puts")
+        if rank == 1:
+            Results.put = lambda *args, **fields: os.kill(os.getpid(), signal.SIGKILL)
+
+    codes, told = infer_by(3, words("many"), tmp_path, die).wait()
+    assert codes == [2, -signal.SIGKILL, 2], told
+    for text in (told[0], told[2]):
+        last = text.strip().splitlines()[-1]
+        assert "another process has ended (" in last and "the same command continues" in last, text
+    assert len((tmp_path / "puts").read_text().splitlines()) == N - 1
+    infer.main(words("many"))  # by one process
+    assert outputs(tmp_path, "many") == whole
+
+
+def test_a_signal_to_all_keeps_their_batches_and_is_said_once(whole, words, tmp_path):
+    def signalled(rank):
+        put = Results.put
+        Results.put = lambda *args, **fields: (signal.raise_signal(signal.SIGTERM), put(*args, **fields))
+
+    codes, told = infer_by(2, words("many"), tmp_path, signalled).wait()
+    assert codes == [128 + signal.SIGTERM] * 2, told
+    assert sum("stopped by SIGTERM; what is done is kept" in text for text in told) == 1
+    codes, told = infer_by(2, words("many"), tmp_path).wait()
+    assert codes == [0, 0] and f"going on, 2 of {N} done" in told[0]
+    assert outputs(tmp_path, "many") == whole
+
+
+# ---------------------------------------------------------------- what is not the same everywhere
+
+
+def refused(world, words, folder, before, *expected):
+    """All processes end soon, and rank 0 alone says why, in one line."""
+    since = time.monotonic()
+    codes, told = infer_by(world, words, folder, before).wait(60)
+    assert codes == [2] * world and time.monotonic() - since < 60, told
+    lines = "".join(told).strip().splitlines()
+    assert len(lines) == 1 and told[0] and all(word in lines[0] for word in expected), lines
+    assert not list(folder.glob("*.csv"))
+
+
+def test_other_options_than_rank_0s_are_refused(words, tmp_path):
+    def other(rank):
+        if rank == 1:
+            sys.argv.append("--post=clip")
+
+    refused(2, words("many"), tmp_path, other, "process 1 on ", "--post = ('clip',)", "('round',)")
+
+
+def test_other_code_and_other_gathers_are_refused(words, gathers, tmp_path):
+    def other_code(rank):
+        if rank == 1:
+            infer.code_version = lambda: "another"
+
+    def other_gathers(rank):
+        if rank == 1:
+            read = infer.GatherDataset._read_into
+            infer.GatherDataset._read_into = lambda self, i, row: [1, *read(self, i, row)[1:]]
+
+    refused(2, words("many"), tmp_path, other_code, "process 1 on ", "has code = another", "the same code")
+    refused(2, words("many"), tmp_path, other_gathers, "process 1 on ", "has gathers' contents = ")
+
+
+def test_what_one_process_cannot_read_is_said_by_rank_0(words, tmp_path):
+    def elsewhere(rank):
+        if rank == 2:
+            sys.argv[sys.argv.index("--input") + 1] = str(tmp_path / "none")
+
+    refused(3, words("many"), tmp_path, elsewhere, "program.py: error: process 2 on ", "none: ")
+
+
+def test_a_folder_that_is_not_shared_is_refused(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("inference.results.SEEN_S", 0.2)
+
+    def elsewhere(rank):
+        home = tmp_path / f"home{rank}"
+        (home / "s.csv.work").mkdir(parents=True)
+        os.chdir(home)
+
+    expected = ("process 1 on ", "home1/s.csv.work: not the folder that process 0 has", "machines share")
+    refused(2, [*words("many"), "--out=s.csv"], tmp_path, elsewhere, *expected)
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def test_two_nodes_of_torchrun_go_on_after_a_loss_on_one_of_them(whole, words, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        f"import os, pathlib, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import infer, utils, waves\nfrom inference.results import Results\nput = Results.put\n"
+        "waves.simulate = lambda vel: (vel[:, :, :1] / 1000).repeat(1, 5, 1000, 1)\n"
+        f"dead = pathlib.Path({str(tmp_path / 'dead')!r})\n"
+        "def die(*args, **fields):\n"
+        "    put(*args, **fields)\n"
+        "    if os.environ['RANK'] == '1' and not dead.exists():\n"
+        "        dead.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Results.put = die\n"
+        "utils.run_program(infer.main)\n"
+    )
+    port = random.randint(20_000, 40_000)
+    launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launcher,
+        "--nproc_per_node=1",
+        "--max-restarts=2",
+    ]
+    command += [str(script), *words("many")]
+    nodes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    told = [node.communicate(timeout=400)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert (tmp_path / "dead").exists() and outputs(tmp_path, "many") == whole
