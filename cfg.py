@@ -157,7 +157,7 @@ class Config(Options):
     drop_path: float = network(
         0.0, "share of residual branches dropped in training, reached at the deepest", most=0.99
     )
-    decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int, most=4096)
+    decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int, most=1024)
     upsample: str = network("transposed", "transposed, pixelshuffle, nearest")
     scse: bool = network(False, "SCSE attention in the decoder")
     skip_convs: bool = network(False, "two extra convolutions on each skip connection")
@@ -172,7 +172,7 @@ class Config(Options):
     bounded: bool = network(False, "sigmoid onto 1500 to 4500 m/s instead of the baseline's linear scaling")
     input_scaling: str = network("none", "none (baseline), signed_log, time_gain")
     width: int = network(
-        32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many", most=4096
+        32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many", most=256
     )
 
     # -------------------------------------------------------------------------------------------- training

@@ -60,6 +60,7 @@ def scan(roots, families=()):
     it. Raises ValueError for missing or empty folders and unknown families.
     """
     wanted = [check_family(family) for family in families]
+    _manifest_in.cache_clear()  # a copy may have been packed since
     pairs, problems, seen = [], [], set()
     for root in roots:
         check_folder(root)

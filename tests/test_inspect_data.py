@@ -18,16 +18,8 @@ from utils import sole_use
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_manifests():
-    files._manifest_in.cache_clear()
-    yield
-
-
 def pack(root, out, mode="small_72x72"):
-    files._manifest_in.cache_clear()
     inspect_data.main(["--pack", str(root), "--out", str(out), f"--mode={mode}"])
-    files._manifest_in.cache_clear()
 
 
 def contents(folder):
@@ -181,7 +173,6 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, refuses
     seis, _ = write_pair(root, "FlatVel_A", n=3)
 
     def refuse(source, out, mode, *words):
-        files._manifest_in.cache_clear()
         refuses(inspect_data.main, "--pack", source, "--out", out, f"--mode={mode}", words=words)
 
     pack(root, packed)
@@ -216,7 +207,6 @@ def test_gathers_of_a_modes_shape_need_their_manifest(tmp_path):
         ("[]", "which says mode nothing"),
         (None, "mode nothing"),
     ):
-        files._manifest_in.cache_clear()
         manifest.unlink() if text is None else manifest.write_text(text)
         with pytest.raises(ValueError, match=message):
             find_pairs([tmp_path / "packed"])
