@@ -186,6 +186,7 @@ def test_annealing_ends_at_the_cells_the_generator_rounded_to():
     assert far[0][1] == 3200 and observed.simulations - before < 1  # far off: no time is spent on it
 
 
+@pytest.mark.slow
 def test_a_first_contrast_too_faint_to_be_heard_is_found_with_those_below():
     true = flat_map([1511, 1513, 2532, 3068, 3928], [8, 21, 36, 51])
     observed = Observed(gather(true, (0,)), (0,))
@@ -254,6 +255,7 @@ def test_the_best_are_kept_once_each():
     assert [one[0] for one in kept] == [0.1, 0.2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peak_hz", [15.0, 12.0])
 def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak_hz):
     minutes = 5.0 if peak_hz == 15 else 0.15  # the wrong wavelet takes all of them
@@ -265,6 +267,7 @@ def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak
         assert norm > 0.05 and np.abs(found - FLAT).mean() > 10
 
 
+@pytest.mark.slow
 def test_a_fault_nearly_found_is_finished_to_the_last_whole_unknown():
     model, true = Fault(2, mirrored=True), np.array([1800.0, 2600, 3500, 20, 38, 130, 105, 14])
     observed = Observed(gather(model.sharp(true), (34,)), (34,))
@@ -291,6 +294,7 @@ def test_a_start_that_ends_at_the_same_map_again_gives_way_to_the_next(monkeypat
     assert norm == 0.04 and (vel == model.sharp(theta)).all()
 
 
+@pytest.mark.slow
 def test_a_row_that_rounding_kept_old_is_found_and_bends_no_velocities():
     model, true = Fault(2, mirrored=False), np.array([1800.0, 2600, 3500, 20, 38, 130, 105, 14])
     masks = model.flips(true)
@@ -361,6 +365,7 @@ def test_blocks_change_what_they_name_alone():
     assert all(len(trials) for trials in _trial_blocks(theta, 3))
 
 
+@pytest.mark.slow
 def test_the_recognised_flat_gather_becomes_its_map():
     vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
     assert told["flat"] and told["kept"] in ("rounded", "search1")
@@ -521,6 +526,7 @@ def test_ground_that_varies_everywhere_is_not_searched_for_layers():
     assert "search1" not in told["misfits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocities, cells", [([4500, 4500], [20]), ([3000, 1900, 2700], [18, 45])])
 def test_layers_at_the_bounds_and_slower_ones_below_are_found(velocities, cells):
     vel = flat_map(velocities, cells)
@@ -546,6 +552,7 @@ def test_the_bench_starts_from_a_network_only_with_its_checkpoint(tmp_path):
         bench.main(["inversion", f"--input={tmp_path}", "--starts=network"])
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_the_real_gather_is_explained(shared_data):
     seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))
