@@ -14,13 +14,13 @@ from options.fields import Options, Section
 from options.help import markdown, print_help, written
 
 # Results that options decide, see `fields_that_decide`.
-TRAINING = "training"  # what a resumed training run must share with the run it goes on with
-PREDICTIONS = "predictions"  # one network's velocity maps, kept by an interrupted infer.py
-MAPS = "maps"  # the final velocity maps, kept likewise
+TRAINING = "training"  # a training run, which may be resumed only with the same options
+PREDICTIONS = "predictions"  # the velocity maps of one network, kept by an interrupted infer.py
+MAPS = "maps"  # the final velocity maps, kept in the same way
 
 TRAIN, INFER, NETWORK = "train.py", "infer.py", "bench.py network"  # programs, see `parse`
 
-# A section's options decide what the section says, unless an option says otherwise.
+# An option decides the results that its section names, unless it names others.
 run = Section("run", "the run and the machine", (TRAIN, INFER))
 data = Section("data", "training and validation data", (TRAIN,), (TRAINING,))
 augmentation = Section(
@@ -29,12 +29,12 @@ augmentation = Section(
 simulation = Section("online", "training pairs simulated while training", (TRAIN,), (TRAINING,))
 network = Section(
     "network",
-    "the network; a checkpoint brings its own",
+    "the network; a checkpoint brings its own options",
     (TRAIN, INFER, NETWORK),
     (TRAINING, PREDICTIONS, MAPS),
 )
 training = Section("training", "loss, optimizer and schedule", (TRAIN,), (TRAINING,))
-watching = Section("watching", "logging, saving and trying out", (TRAIN,))
+watching = Section("watching", "logging, saving and quick checks", (TRAIN,))
 inference = Section("inference", "prediction, refining and reports", (INFER,), (MAPS,))
 
 
@@ -45,26 +45,32 @@ class Config(Options):
     # ------------------------------------------------------------------------------------------------- run
     name: str = run("baseline", "run folder: runs/<number>-<name>/", programs=(TRAIN,))
     run_root: str = run("runs", "folder of the run folders", programs=(TRAIN,), path=True)
-    seed: int = run(0, "of weights, sample order and augmentation", programs=(TRAIN,), decides=(TRAINING,))
+    seed: int = run(
+        0, "random seed of weights, sample order and augmentation", programs=(TRAIN,), decides=(TRAINING,)
+    )
     device: str = run(
         "auto",
         "auto, cpu, cuda, mps; each process takes its own card",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    gpus: str = run("auto", "CUDA cards, a process each: auto = all, or a number")
+    gpus: str = run("auto", "CUDA cards, one process for each: auto = all, or a number")
     threads: int = run(
         0,
-        "CPU threads a process; 0 = this machine's cores, shared out",
+        "CPU threads of each process; 0 = the machine's cores, shared among processes",
         programs=(TRAIN, INFER, NETWORK),
         most=4096,
     )
-    workers: int = run(4, "threads or processes that read ahead; each holds a batch", most=1024)
+    workers: int = run(4, "threads that read ahead; each holds a batch", most=1024)
     batch_size: int = run(
-        16, "samples a process (a GPU) takes at once", programs=(TRAIN, INFER, NETWORK), above=0, most=10**6
+        16,
+        "samples that each process (GPU) takes at once",
+        programs=(TRAIN, INFER, NETWORK),
+        above=0,
+        most=10**6,
     )
     precision: str = run(
         "auto",
-        "float32, tf32, bfloat16, float16; auto = 16 bits where the card computes them, else float32",
+        "float32, tf32, bfloat16, float16; auto = 16 bits on cards that compute them, else float32",
         choices=("auto", "float32", "tf32", "bfloat16", "float16"),
         decides=(TRAINING, PREDICTIONS, MAPS),
     )
@@ -76,37 +82,46 @@ class Config(Options):
     data_root: tuple = data(
         ("data_openfwi",), "folders searched for OpenFWI or Kaggle training files", path=True
     )
-    val_root: tuple = data((), "folders used whole for validation; none = split data_root", path=True)
-    families: tuple = data((), "families to use; none = all that are found")
+    val_root: tuple = data((), "folders used for validation only; none = split data_root", path=True)
+    families: tuple = data((), "families to use; none = all found")
     split: str = data(
         "file",
-        "file = whole files validate, as the baseline; share = the last samples of each file",
+        "file = validate on whole files, as the baseline does; share = on the last samples of each file",
         choices=("file", "share"),
     )
-    val_files: int = data(2, "validation files a family, at most half of them")
+    val_files: int = data(2, "validation files of each family, at most half of its files")
     val_share: float = data(
-        0.1, "validation share of the samples, with split=share or one file a family", above=0, most=0.999
+        0.1,
+        "share of the samples to validate on, with split=share or a single file of a family",
+        above=0,
+        most=0.999,
     )
-    skip_bad_files: bool = data(False, "go on without files that cannot be read, and count them", decides=())
-    percent: tuple = data((), "of the training samples to use: 30, or FlatVel_A:10,Style_B:50")
+    skip_bad_files: bool = data(
+        False, "continue without files that cannot be read, and count them", decides=()
+    )
+    percent: tuple = data((), "percentage of the training samples to use: 30, or FlatVel_A:10,Style_B:50")
     sample_weights: tuple = data((), "how often families are drawn: Style_B:2; test_mix = the competition's")
     flip_p: float = data(
-        0.5, "probability of the baseline's flip, which is inexact for the centre source", most=1
+        0.5, "probability of the baseline's flip, which is not exact for the centre source", most=1
     )
     synth_per_family: int = data(
-        0, "> 0: first make this many maps of each family by synth.py where data_root lacks them", most=10**6
+        0,
+        "> 0: first make this many maps of each family in data_root, as synth.py does, if they are missing",
+        most=10**6,
     )
 
     # ---------------------------------------------------------------------------------------- augmentation
-    stretch_p: float = augmentation(0.0, "probability: velocity times c, time divided by c", most=1)
-    stretch: tuple = augmentation(
-        (0.9, 1.1), "range of c; each map stays within 1500 to 4500 m/s", items=float, above=0
+    stretch_p: float = augmentation(
+        0.0, "probability of multiplying velocities and dividing times by c", most=1
     )
-    shift_p: float = augmentation(0.0, "probability: shift in time", most=1)
-    shift: int = augmentation(3, "largest shift either way, in samples (ms)", most=999)
-    gain_p: float = augmentation(0.0, "probability: one factor for the whole gather", most=1)
+    stretch: tuple = augmentation(
+        (0.9, 1.1), "range of c; maps stay within 1500 to 4500 m/s", items=float, above=0
+    )
+    shift_p: float = augmentation(0.0, "probability of a shift in time", most=1)
+    shift: int = augmentation(3, "largest shift in either direction, in samples (ms)", most=999)
+    gain_p: float = augmentation(0.0, "probability of multiplying the whole gather by a factor", most=1)
     gain: tuple = augmentation((0.8, 1.25), "range of the factor", items=float, above=0)
-    noise_p: float = augmentation(0.0, "probability: Gaussian noise", most=1)
+    noise_p: float = augmentation(0.0, "probability of Gaussian noise", most=1)
     noise_db: tuple = augmentation(
         (10, 40), "range of the signal-to-noise ratio, dB", items=float, least=-200
     )
@@ -116,13 +131,13 @@ class Config(Options):
     noise_spread: float = augmentation(
         0.3, "standard deviation of the logarithm of the traces' noise levels", most=10
     )
-    shot_drop_p: float = augmentation(0.0, "probability: shots set to zero", most=1)
-    shot_drop: int = augmentation(1, "largest number of them, of five", most=4)
-    receiver_drop_p: float = augmentation(0.0, "probability: receivers set to zero", most=1)
-    receiver_drop: float = augmentation(0.1, "largest share of them", most=0.9)
+    shot_drop_p: float = augmentation(0.0, "probability of setting shots to zero", most=1)
+    shot_drop: int = augmentation(1, "largest number of shots set to zero, of five", most=4)
+    receiver_drop_p: float = augmentation(0.0, "probability of setting receivers to zero", most=1)
+    receiver_drop: float = augmentation(0.1, "largest share of receivers set to zero", most=0.9)
 
     # ---------------------------------------------------------------------------------------------- online
-    online: float = simulation(0.0, "share of each step's samples that is simulated; 0 = off", most=0.99)
+    online: float = simulation(0.0, "share of each step's samples that are simulated; 0 = off", most=0.99)
     online_maps: str = simulation(
         "both",
         "new = maps of `families`, varied = training maps changed, both",
@@ -130,15 +145,19 @@ class Config(Options):
     )
     online_pairs: int = simulation(
         4096,
-        "without CUDA: pairs kept on disk, 0.7 MB each; they are used again in turn",
+        "without CUDA: pairs kept on disk, 0.7 MB each, which are used in turn",
         above=0,
         most=10**7,
     )
     online_cache: str = simulation(
-        "", "without CUDA: their folder; empty = <run_root>/online_cache", decides=(), path=True
+        "", "without CUDA: folder of these pairs; none = <run_root>/online_cache", decides=(), path=True
     )
     online_workers: int = simulation(
-        1, "without CUDA: simulating processes a rank, one thread each", above=0, most=1024, decides=()
+        1,
+        "without CUDA: simulating processes of each rank, with one thread each",
+        above=0,
+        most=1024,
+        decides=(),
     )
 
     # --------------------------------------------------------------------------------------------- network
@@ -155,16 +174,16 @@ class Config(Options):
     norm: str = network("instance", "encoder norms: instance (baseline), layer (timm's own)")
     activation: str = network("gelu", "encoder activations: gelu (baseline), original (timm's own)")
     drop_path: float = network(
-        0.0, "share of residual branches dropped in training, reached at the deepest", most=0.99
+        0.0, "share of residual branches dropped in training at the deepest stage; less before", most=0.99
     )
     decoder_channels: tuple = network((128, 64, 32), "decoder widths, coarse to fine", items=int, most=1024)
     upsample: str = network("transposed", "transposed, pixelshuffle, nearest")
     scse: bool = network(False, "SCSE attention in the decoder")
     skip_convs: bool = network(False, "two extra convolutions on each skip connection")
     decoder_norm: str = network("none", "none, instance, batch")
-    out_level: int = network(0, "decoder level the head reads: 0 = the finest; others need head=perfect")
+    out_level: int = network(0, "decoder level that the head reads; 0 = the finest, others need head=perfect")
     fusion: bool = network(False, "weighted mean of all decoder levels up to out_level")
-    fusion_weights: tuple = network((), "a weight for each level; none = learned", items=float)
+    fusion_weights: tuple = network((), "weight of each level; none = learned", items=float)
     head: str = network("crop", "crop (baseline), perfect (exactly 70x70 from any feature size)")
     confidence: bool = network(False, "also predict the error of each cell")
     classify_family: bool = network(False, "also predict the family")
@@ -172,12 +191,12 @@ class Config(Options):
     bounded: bool = network(False, "sigmoid onto 1500 to 4500 m/s instead of the baseline's linear scaling")
     input_scaling: str = network("none", "none (baseline), signed_log, time_gain")
     width: int = network(
-        32, "seisnext: channels of the finest map; deeper ones have 3, 6, 8 times as many", most=256
+        32, "seisnext: channels at the finest level; deeper levels have 3, 6 and 8 times as many", most=256
     )
 
     # -------------------------------------------------------------------------------------------- training
     epochs: int = training(40, "passes over the training samples", above=0)
-    accumulate: int = training(1, "batches whose gradients are added up for each step", above=0, decides=())
+    accumulate: int = training(1, "batches whose gradients are added for each step", above=0, decides=())
     optimizer: str = training(
         "adamw", "adamw, muon = Muon on matrices and kernels, AdamW on the rest", choices=("adamw", "muon")
     )
@@ -199,32 +218,34 @@ class Config(Options):
         0.0, "m/s; > 0: larger differences cost no more, which keeps interfaces sharp"
     )
     family_weights: tuple = training((), "of the loss: Style_B:2,FlatVel_A:0.5; 1 where not named")
-    patience: int = training(0, "stop early after this many validations without a better one; 0 = off")
-    max_bad_steps: int = training(10, "stop after this many non-finite steps in a row", above=0, decides=())
+    patience: int = training(0, "stop after this many validations without improvement; 0 = off")
+    max_bad_steps: int = training(
+        10, "stop after this many steps in a row that are not finite", above=0, decides=()
+    )
 
     # -------------------------------------------------------------------------------------------- watching
     log_every: int = watching(50, "steps between log lines", above=0)
     val_every: int = watching(1, "epochs between validations", above=0)
-    save_minutes: float = watching(10.0, "between writes of last.pt, besides each validation; 0 = every step")
+    save_minutes: float = watching(
+        10.0, "minutes between writes of last.pt, besides each validation; 0 = every step"
+    )
     wandb: str = watching(
         "off", "Weights & Biases: off, offline, online", choices=("off", "offline", "online")
     )
-    resume: str = watching(
-        "", "run folder to go on with; auto = the newest one of this name, if any", path=True
-    )
+    resume: str = watching("", "run folder to continue; auto = the newest of this name, if any", path=True)
     eval_only: bool = watching(False, "validate --ckpt and stop")
     dry_run: bool = watching(False, "print configuration, parameters and shapes, and stop")
     smoke: bool = watching(
-        False, "three steps, validation, save, reload: does everything work?", decides=(TRAINING,)
+        False, "check that all works: three steps, validation, saving, reloading", decides=(TRAINING,)
     )
     overfit: int = watching(0, "> 0: train and validate on this many samples", decides=(TRAINING,))
     profile: bool = watching(False, "write a Chrome trace of four steps into the run folder")
-    deterministic: bool = watching(False, "the same bits on every CUDA run, slower", decides=(TRAINING,))
+    deterministic: bool = watching(False, "the same bits in every run on CUDA, slower", decides=(TRAINING,))
 
     # ------------------------------------------------------------------------------------------- inference
     ckpt: str = inference(
         "",
-        "best.pt, last.pt or a public state dict; infer.py joins several: a.pt,b.pt",
+        "best.pt, last.pt or a public state dict; for infer.py also several: a.pt,b.pt",
         programs=(TRAIN, INFER),
         decides=(),
         path=True,
@@ -247,28 +268,28 @@ class Config(Options):
         choices=("mean", "median", "adaptive"),
         decides=(PREDICTIONS, MAPS),
     )
-    post: tuple = inference((), "steps of postprocess.py, in this order; auto = what --use found to help")
+    post: tuple = inference((), "steps of postprocess.py in this order; auto = those that helped in --use")
     fit: str = inference(
         "",
-        "file to write: ensemble weights, statistics and helpful steps, fitted to --truth",
+        "file to write, with ensemble weights, statistics and helpful steps fitted to --truth",
         decides=(),
         path=True,
     )
-    use: str = inference("", "such a file, fitted on validation data, to apply", decides=(), path=True)
+    use: str = inference("", "file of --fit to apply, fitted on validation data", decides=(), path=True)
     refine: str = inference(
         "none",
-        "against the observed gather: none, or a method of inference/refine.py: feedback, inversion",
+        "how to improve maps against the observed gather: none, feedback, inversion",
     )
     refine_rounds: int = inference(3, "rounds of feedback", most=1000)
     refine_step: float = inference(
-        0.8, "feedback: share of the residual put back; halved where the misfit grows", most=10
+        0.8, "feedback: share of the residual that is subtracted; halved when the misfit grows", most=10
     )
-    refine_minutes: float = inference(10.0, "inversion: most minutes a gather")
+    refine_minutes: float = inference(10.0, "inversion: maximum minutes for each gather")
     refine_budget: float = inference(
         0.0, "inversion: minutes for all gathers, largest expected gain first; 0 = no limit", decides=()
     )
     refine_iterations: int = inference(
-        600, "inversion: steps cell by cell for what the searches leave; 0 = searches only"
+        600, "inversion: steps cell by cell for gathers that no search explains; 0 = none"
     )
     misfit: int = inference(
         0,
@@ -286,9 +307,9 @@ class Config(Options):
     pseudo: str = inference(
         "", "folder for a training set made of predictions and their simulated gathers", decides=(), path=True
     )
-    pseudo_misfit: float = inference(0.3, "pseudo: largest log misfit of a prediction to keep", decides=())
+    pseudo_misfit: float = inference(0.3, "pseudo: keep predictions up to this log misfit", decides=())
     pseudo_family: str = inference(
-        "CurveVel_B", "pseudo: family to file maps under where the network does not classify", decides=()
+        "CurveVel_B", "pseudo: family of maps if the network does not recognise it", decides=()
     )
     save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=(), path=True)
     truth: str = inference("", "folder of the true maps, to score against", decides=(), path=True)
@@ -329,7 +350,7 @@ NETWORK_FIELDS = tuple(
     if f.metadata["section"] is network and PREDICTIONS in f.metadata["decides"]
 )
 
-ARCHITECTURES = {  # what an architecture brings where nothing else is said
+ARCHITECTURES = {  # defaults of an architecture
     "seisnext": {  # the options and the rate it was measured with
         "name": "seisnext",
         "head": "perfect",
@@ -357,7 +378,7 @@ PRESETS = {
         "val_every": 4,
     },
 }
-GONE = {  # options that were, and what to write instead
+GONE = {  # former options: what to write instead
     "flag_worst": "--misfit=N, which writes all misfits and lists and draws the N worst",
     "pretrained_file": "--pretrained=PATH",
     "tta_weights": "--tta=mirror:1,noise:0.5",

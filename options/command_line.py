@@ -1,4 +1,4 @@
-"""Reading options from the words of a command line."""
+"""Reading options from the command line."""
 
 import contextlib
 import dataclasses
@@ -10,9 +10,9 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 
 
 def parse_options(argv, options, intro):
-    """Command-line words -> an instance of `options`, a dataclass of `options.fields.Options`.
+    """Read command-line words into `options`, a dataclass derived from `options.fields.Options`.
 
-    `--help` prints `intro` and the options, and exits. Raises ValueError, one line, for what does not fit.
+    `--help` prints `intro` and the options, and exits. Raises ValueError, in one line, for wrong words.
     """
     if asks_for_help(argv):
         print_help(options, intro)
@@ -25,7 +25,7 @@ def asks_for_help(argv):
 
 
 def nearest(word, words, prefix=""):
-    """ "; did you mean …?" where one of the words is near, else nothing."""
+    """The text "; did you mean …?" if one of `words` is similar, else an empty text."""
     by_lower = {w.lower(): w for w in words}
     match = difflib.get_close_matches(word.lower(), by_lower, 1)
     return f"; did you mean {prefix}{by_lower[match[0]]}?" if match else ""
@@ -34,10 +34,10 @@ def nearest(word, words, prefix=""):
 def read_words(argv, options, extra=(), gone=None):
     """The values that `--name=value`, `--name value` and `--name` set, {name: value}; later words win.
 
-    options: a dataclass declared by `options.fields.Section`. extra: further names, whose values are text.
-    gone: names that were, and what to write instead.
+    options: a dataclass whose fields a `Section` declares. extra: further names, whose values are text. gone:
+    former names, and what to write instead.
 
-    Raises ValueError, one line, for unknown names and values of another type.
+    Raises ValueError, in one line, for unknown names and for values of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     values, words = {}, list(argv)
@@ -56,7 +56,7 @@ def read_words(argv, options, extra=(), gone=None):
 
 
 def _value_after(name, field, words):
-    """The value of an option written without "=": the next word, which is taken, or "true" for a switch."""
+    """The value of an option without "=": the next word, removed from `words`, or "true" for a switch."""
     has_value = bool(words) and not words[0].startswith("--")
     kind = field.type if field else str
     if kind in (bool, bool | str) and not (has_value and (kind is not bool or words[0].lower() in BOOLS)):

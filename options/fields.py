@@ -11,11 +11,11 @@ MOST = {int: 10**9, float: 1e12}  # what a number may be where its field says no
 
 @dataclass(frozen=True)
 class Section:
-    """A group of options. Called, it declares one: `lr: float = training(1e-4, "peak learning rate")`."""
+    """A group of options. Call it to declare one: `lr: float = training(1e-4, "peak learning rate")`."""
 
     name: str
     meaning: str  # the heading in --help and docs/config.md
-    programs: tuple = ()  # whose --help shows the section
+    programs: tuple = ()  # those whose --help shows the section
     decides: tuple = ()  # the results that depend on its options
 
     def __call__(
@@ -67,9 +67,9 @@ class Options:
 
 
 def check_types(options):
-    """Give every field its declared type: an int may serve for a float, a list for a tuple.
+    """Give every field its declared type: an int becomes a float, a list a tuple.
 
-    Raises ValueError, one line, where a value has another type.
+    Raises ValueError, in one line, for a value of another type.
     """
     for field in dataclasses.fields(options):
         value, kind = getattr(options, field.name), field.type
@@ -84,7 +84,7 @@ def check_types(options):
 
 
 def check_limits(options):
-    """Raise ValueError, one line, for a value that its field's choices or limits exclude."""
+    """Raise ValueError, in one line, for a value outside its field's choices or limits."""
     for field in dataclasses.fields(options):
         value, limits = getattr(options, field.name), field.metadata
         if limits["choices"] and value not in limits["choices"]:

@@ -1,4 +1,4 @@
-"""What `--help` prints, and docs/config.md."""
+"""The text of `--help` and of docs/config.md."""
 
 import dataclasses
 import textwrap
@@ -7,7 +7,7 @@ WIDTH = 110  # columns of --help
 
 
 def written(value):
-    """A field's value as on the command line."""
+    """A value as it is written on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, float):
@@ -16,7 +16,7 @@ def written(value):
 
 
 def sections(options, program=None):
-    """{section: its fields}, in the order of the dataclass; of one program's fields where it is named."""
+    """{section: its fields}, in the order of the dataclass; only those of `program` if it is given."""
     found = {}
     for field in dataclasses.fields(options):
         if program is None or program in field.metadata["programs"]:
@@ -25,7 +25,7 @@ def sections(options, program=None):
 
 
 def print_help(options, intro, program=None, presets=()):
-    """Print options with their defaults, a section at a time, aligned; those of one program where named."""
+    """Print options with their defaults by section, aligned; only those of `program` if it is given."""
     print(intro.strip())
     if presets:
         print(f"\nPresets: {', '.join(presets)}")
@@ -50,7 +50,7 @@ def _left(field):
 
 
 def markdown(options, presets, architectures):
-    """docs/config.md: every section as a table, then presets and what architectures bring."""
+    """The text of docs/config.md: a table for each section, then what presets and architectures set."""
     lines = [
         "# Options",
         "",

@@ -83,6 +83,7 @@ def whole(files, tmp_path_factory):
     return state
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_bit_for_bit_the_same(files, whole, tmp_path):
     rng, n_kills = random.Random(0), 0
     while n_kills < N_KILLS:
@@ -102,6 +103,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_for_bit_the_same(files
     assert_same_run(last(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_sigterm_loses_no_step(files, whole, tmp_path):
     process = start(2, files, tmp_path)
     wait_for(lambda: steps_logged(tmp_path) >= 4)
@@ -119,6 +121,7 @@ def kill_a_worker(agent):
     os.kill(int(children[-1]), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_others_and_torchrun_restarts_carry_on(files, whole, tmp_path):
     lost = start(2, files, tmp_path / "lost")
     wait_for(lambda: steps_logged(tmp_path / "lost") >= 2)
@@ -133,6 +136,7 @@ def test_a_lost_rank_ends_the_others_and_torchrun_restarts_carry_on(files, whole
     assert_same_run(last(tmp_path / "re"), whole)
 
 
+@pytest.mark.slow
 def test_two_nodes_equal_one(files, whole, tmp_path):
     port = random.randint(20_000, 40_000)
     launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two"]
@@ -154,6 +158,7 @@ def test_a_rank_lost_on_one_of_two_nodes_is_started_again_on_both(files, whole, 
     assert_same_run(last(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_resumes_the_same_global_batches(files, whole, tmp_path):
     process = start(2, files, tmp_path)
     wait_for(lambda: steps_logged(tmp_path) >= 4)
@@ -271,6 +276,7 @@ def test_a_nan_gradient_skips_one_step_and_lasting_ones_are_traced(tmp_path, run
         run("--max_bad_steps=4", "--name=traced")
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_and_stop_alike(files, tmp_path):
     program = tmp_path / "spoilt.py"
     program.write_text(
