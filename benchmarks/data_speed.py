@@ -6,7 +6,9 @@ reads into the memory of a whole batch. `memmap` copies samples in random order 
 ours; `processes` is torch's DataLoader over the same data set.
 """
 
+import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -119,6 +121,12 @@ def bench_data(args):
         raise ValueError("--cold: this system cannot take files out of memory, Linux can; use --cold=0")
     keep_memory()
     with tempfile.TemporaryDirectory(dir=args.folder or None) as root:
+        sample_bytes = math.prod(GATHER_SHAPE) * np.dtype(args.dtype).itemsize + 4 * math.prod(MAP_SHAPE)
+        need, free = args.files * args.samples * sample_bytes, shutil.disk_usage(root).free
+        if need > free:
+            raise ValueError(
+                f"{root}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free; fewer --files or --samples"
+            )
         write_files(root, args.files, args.samples, args.dtype)
         pairs = find_pairs([root])
         items, paths = whole(pairs), [path for pair in pairs for path in (pair.seis, pair.vel)]

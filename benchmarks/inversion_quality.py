@@ -1,5 +1,8 @@
 """Waveform inversion from several starts and through noise: `python bench.py inversion`."""
 
+import contextlib
+import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +44,20 @@ def start_map(name, family, vel, seis, member):
     return gaussian(vel[None], float(name.removeprefix("smooth")))[0]
 
 
+def decibels(word):
+    """A signal-to-noise ratio in dB, or infinity; ValueError for other words."""
+    with contextlib.suppress(ValueError):
+        if -200 <= float(word) <= 400 or float(word) == math.inf:
+            return float(word)
+    raise ValueError(f"--snr={word}: expected a number of dB, or inf for no noise")
+
+
 def bench_inversion(args):
     """Print the error of each map before and after inversion, with means and medians."""
-    ratios, starts = [float(ratio) for ratio in args.snr], args.starts
+    ratios, starts = [decibels(word) for word in args.snr], args.starts
+    for name in starts:
+        if name not in ("network", "mean") and not re.fullmatch(r"smooth\d{1,3}(\.\d+)?", name):
+            raise ValueError(f"--starts={name}: expected network, mean, or smooth and cells, as smooth3")
     if not args.input:
         raise ValueError("no gathers to invert; give their folder by --input=DIR")
     if "network" in starts and not args.ckpt:

@@ -31,7 +31,7 @@ N_SAMPLES = 1000  # time samples of 1 ms
 
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
 
-MAX_FILES = 10**5  # of a family
+MAX_FILES = 10**4  # of a family; OpenFWI has at most 134
 
 CHECKSUMS = "checksums.json"  # in --out, with the checksum of every finished file
 

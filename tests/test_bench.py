@@ -26,6 +26,21 @@ def test_without_a_name_the_benchmarks_are_listed_and_unknown_ones_are_one_line(
     refuses(bench.main, "wave", "--repeats=0", words=["--repeats=0: expected a positive number"])
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("inversion --input=x --snr=nan", "--snr=nan: expected a number of dB, or inf"),
+        ("inversion --input=x --snr=loud", "--snr=loud: expected a number of dB, or inf"),
+        ("inversion --input=x --starts=smoothnan", "--starts=smoothnan: expected network, mean, or smooth"),
+        ("inversion --input=x --starts=truth", "--starts=truth: expected network, mean, or smooth"),
+        ("data --files=10000 --samples=100000", "GB, .* free; fewer --files or --samples"),
+    ],
+)
+def test_words_and_sizes_that_cannot_be_are_one_line_before_any_work(words, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(words.split())
+
+
 def test_the_writers_loops_and_simulators_are_measured(capsys, tmp_path):
     bench.main(["csv", "--n=64"])
     assert "identical bytes" in capsys.readouterr().out

@@ -667,6 +667,11 @@ def test_given_files_that_cannot_be_used_are_refused(tmp_path):
         (["--out=o", "--n_per_family=0"], "say --n_per_family=N"),
         (["--out=o", "--n_per_family=2", "--per_file=0"], "--per_file=0: expected a positive number"),
         (["--out=o", "--n_per_family=2", "--seed=-1"], "--seed=-1: expected 0 or more"),
+        (["--out=o", "--n_per_family=10000000"], "--n_per_family=10000000: expected at most 1e"),
+        (
+            ["--out=o", "--n_per_family=1000000", "--per_file=9"],
+            "111111 files of each family",
+        ),
         (["--out=o", "--n_per_family=two"], "--n_per_family=two: expected int"),
         (["--out=o", "--n_per_family=2", "--families=FlatVel_A,CurvVel_A"], "did you mean CurveVel_A"),
         (["--out=o", "--n_per_famly=2"], "unknown option --n_per_famly; did you mean --n_per_family"),
