@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,7 +186,7 @@ def _write_pair(job, dtype, device, bar):
     map_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
     part = _part(job.seis)
     part.touch()
-    with open(part, "r+b") as file:
+    with open(part, "r+b") as file, ThreadPoolExecutor(1) as disk:
         # the last batch is made again: after a power cut its length may be right but not its numbers
         n_bytes = min(os.fstat(file.fileno()).st_size, header.tell() + job.n * map_bytes)
         done = max((n_bytes - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
@@ -194,14 +195,19 @@ def _write_pair(job, dtype, device, bar):
         file.seek(header.tell() + done * map_bytes)
         bar.update(done)
         bar.initial += done  # the rate shown is that of this run
+        synced = None
         for start in range(done, job.n, BATCH):
             batch = torch.from_numpy(vel[start : start + BATCH]).to(device)
             with torch.no_grad():
                 seis = waves.simulate(batch, n_samples=N_SAMPLES)
-            file.write(seis.cpu().numpy().astype(dtype).tobytes())
+            content = seis.cpu().numpy().astype(dtype).tobytes()
+            if synced:  # while this batch was simulated: a power cut spoils the last batch at most
+                synced.result()
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            synced = disk.submit(os.fsync, file.fileno())
             bar.update(len(batch))
+        synced.result()
     with write_atomic(job.vel) as file:
         np.save(file, vel)
     n_bytes, expected = part.stat().st_size, header.tell() + job.n * map_bytes

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections import namedtuple
 
 import numpy as np
@@ -536,6 +538,31 @@ def test_a_finished_file_of_other_bytes_is_said(tmp_path, cheap, name):
     path.unlink()
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the remedy works
     assert files(tmp_path) == whole
+
+
+def test_a_batch_goes_to_disk_while_the_next_is_simulated_and_before_that_is_written(tmp_path, monkeypatch):
+    """Otherwise simulation would wait for the disk, or a power cut spoil more than the last batch."""
+    n, sizes, fsync = 3, [], os.fsync
+    begun, batches = [threading.Event() for _ in range(n)], iter(range(n))
+
+    def simulate(vel, n_samples):
+        begun[next(batches)].set()
+        return stand_in(vel, n_samples)
+
+    def look(descriptor):
+        k = len(sizes)
+        assert k >= n - 1 or begun[k + 1].wait(timeout=60)
+        time.sleep(0.05)  # enough to write the next batch too early
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    job = dataset._family_jobs(tmp_path, "FlatVel_A", n, n, seed=0)[0]
+    monkeypatch.setattr(dataset, "BATCH", 1)
+    monkeypatch.setattr(dataset.waves, "simulate", simulate)
+    monkeypatch.setattr(os, "fsync", look)
+    bar = types.SimpleNamespace(initial=0, update=lambda n: None)
+    dataset._write_pair(job, "float32", "cpu", bar)
+    assert sizes[:n] == [128 + k * 5 * 1000 * 70 * 4 for k in (1, 2, 3)]
 
 
 N_KILLS = int(os.environ.get("N_KILLS", 2))
