@@ -1,7 +1,7 @@
 """Augmentation of shot gathers on the device: batched, seeded, off by default.
 
-What a sample gets depends on seed, step and place in the global batch alone. Whatever would leave a gather
-not finite, or zero throughout, is taken back.
+The augmentation of a sample depends only on seed, step and place in the global batch. A gather that would not
+stay finite, or would become zero throughout, is left unchanged.
 """
 
 import torch
@@ -9,8 +9,8 @@ import torch
 from utils import V_MAX, V_MIN, to_device
 from waves.acquisition import ricker
 
-N_FFT = 2048  # for 1000 samples: filters must not wrap round
-WATER_LEVEL = 3e-3  # of the wavelet's peak spectrum: what of it is weaker is not restored
+N_FFT = 2048  # for 1000 samples, so that filters do not wrap around
+WATER_LEVEL = 3e-3  # times the wavelet's peak spectrum: weaker frequencies are not restored
 
 
 # ---------------------------------------------------------------- each kind
@@ -18,10 +18,10 @@ WATER_LEVEL = 3e-3  # of the wavelet's peak spectrum: what of it is weaker is no
 
 
 def _stretch(seis, vel, u, extra, seeds, cfg):
-    """v·c with time t/c, c log-uniform in the part of cfg.stretch that keeps each map within [1500, 4500].
+    """Multiply velocities and divide times by c, log-uniform in the part of cfg.stretch that a map allows.
 
-    The same experiment with the wavelet's time axis stretched, too, which is taken back: within 1 % of the
-    simulation for c within 5 % of one, 2 % within 15 %. What c > 1 brings in after the record's end is zero.
+    This is the same experiment, except that the wavelet is stretched too, which a filter restores: within 1 %
+    of the simulation for c within 5 % of one, and within 2 % for 15 %. For c > 1 the record ends in zeros.
     """
     slowest, fastest = vel.amin((1, 2, 3)), vel.amax((1, 2, 3))
     low = (V_MIN / slowest).clamp(cfg.stretch[0], 1)
@@ -46,9 +46,9 @@ def _gain(seis, vel, u, extra, seeds, cfg):
 
 
 def _noise(seis, vel, u, extra, seeds, cfg):
-    """Gaussian noise, white or in the wavelet's band, its level different on every trace."""
+    """Add Gaussian noise, white or in the wavelet's band, with a level of its own on every trace."""
     noise, spread = torch.empty_like(seis), torch.empty_like(seis[:, :, :1])
-    for i, seed in enumerate(seeds.tolist()):  # each sample's own, however the batch is divided
+    for i, seed in enumerate(seeds.tolist()):  # the same for a sample, however the batch is divided
         generator = torch.Generator(seis.device).manual_seed(seed)
         noise[i].normal_(generator=generator)
         spread[i].normal_(generator=generator)
@@ -81,7 +81,7 @@ KINDS = {
     "shot_drop": _shot_drop,
     "receiver_drop": _receiver_drop,
 }
-# for each kind a choice and a strength; the noise's colour; which shots, which receivers
+# for each kind a choice and a strength; the colour of the noise; which shots; which receivers
 N_DRAWS = 2 * len(KINDS) + 1 + 5 + 70
 
 
@@ -89,7 +89,7 @@ N_DRAWS = 2 * len(KINDS) + 1 + 5 + 70
 
 
 def resample(seis, speed, delay=None):
-    """The gather at time samples speed·t − delay, linear between samples, zero outside: (B, S, T, R)."""
+    """Gathers (B, S, T, R) read at time samples speed·t − delay, linear between samples, zero outside."""
     n = seis.shape[2]
     t = torch.arange(n, device=seis.device) * speed[:, None]
     t = (t if delay is None else t - delay[:, None])[:, None, :, None]  # (B, 1, T, 1)
@@ -109,7 +109,7 @@ def filter_time(seis, response):
 
 
 def _kept(order, n_lost):
-    """One, or zero for the n_lost smallest of each row."""
+    """Ones, with zeros for the n_lost smallest of each row."""
     return (order.argsort(1).argsort(1) >= n_lost[:, None]).float()
 
 
@@ -117,19 +117,20 @@ def _kept(order, n_lost):
 
 
 def is_on(cfg):
+    """Whether any augmentation has a probability above 0."""
     return any(getattr(cfg, f"{kind}_p") > 0 for kind in KINDS)
 
 
 def draw(shape, generator):
-    """What decides the augmentation of samples of this shape: (*shape, N_DRAWS) of [0, 1), and seeds."""
+    """Random numbers that decide the augmentation: (*shape, N_DRAWS) in [0, 1), and seeds of this shape."""
     return torch.rand(*shape, N_DRAWS, generator=generator), torch.randint(2**62, shape, generator=generator)
 
 
 def augment(seis, vel, cfg, draws, seeds):
     """Augment gathers (B, S, T, R) with their maps (B, 1, Z, X) m/s, both float32 on the device.
 
-    draws (B, N_DRAWS) and seeds (B,), on the CPU, are from `draw`; the probabilities and ranges are cfg's. A
-    gather that would not stay finite, or would turn zero throughout, comes back as it was, as does its map.
+    draws (B, N_DRAWS) and seeds (B,) on the CPU come from `draw`, probabilities and ranges from cfg. A gather
+    that would not stay finite, or would become zero throughout, is returned unchanged, with its map.
     """
     given = seis, vel
     seis, vel = seis.clone(), vel.clone()

@@ -1,4 +1,4 @@
-"""What guards a training run: signals that stop it, steps that are not finite."""
+"""Guards of a training run: signals that stop it, steps that are not finite, output that fails."""
 
 import contextlib
 import errno
@@ -13,10 +13,10 @@ from utils import SIGPIPE, HostCopy, StopSignals, append_json, drop_output, say_
 
 
 class BadSteps:
-    """Counts updates left out for a non-finite gradient, writes their samples, stops after too many in a row.
+    """Count updates skipped for a non-finite gradient, log their samples, and stop after too many in a row.
 
-    A step is looked at when the next one has been queued, so that the device never waits for the check.
-    Every rank sees the same gradient norm, so all decide alike.
+    A step is checked when the next one has been queued, so that the device never waits for the check. Every
+    rank sees the same gradient norm, so that all decide alike.
     """
 
     def __init__(self, trainer, items, log):
@@ -24,12 +24,13 @@ class BadSteps:
         self.waiting, self.in_row, self.total = None, 0, 0
 
     def add(self, norm, losses, batches, indices):
+        """Check the step before, and keep this one to be checked later."""
         self.check()
         scale = self.trainer.scaler.get_scale
         self.waiting = (self.trainer.step, HostCopy(norm), scale, losses, batches, indices)
 
     def name(self, step, k, n_batch, index):
-        """This rank's sample k of a step: file and row of the item, or what was simulated in its place."""
+        """Name sample k of this rank in a step: file and row, or what was simulated in its place."""
         process, online = self.trainer.process, self.trainer.online
         micro, within = divmod(k, n_batch)
         place = (micro * process.world + process.rank) * n_batch + within
@@ -37,7 +38,7 @@ class BadSteps:
         return (online and online.name(step, place)) or f"{pair.seis}[{row}]"
 
     def check(self):
-        """Look at the step that waits; raises ArithmeticError after `max_bad_steps` in a row."""
+        """Check the step that was kept; raises ArithmeticError after `max_bad_steps` in a row."""
         if self.waiting is None:
             return
         step, norm, scale, losses, batches, indices = self.waiting
@@ -52,7 +53,7 @@ class BadSteps:
         rank = self.trainer.process.rank
         record = {"step": step, "rank": rank, "samples": samples}
         self.log.attempt(append_json, self.log.folder / "skipped.jsonl", record)
-        # float16 finds its loss scale by overflowing: only a scale that can fall no further is a fault
+        # float16 finds its loss scale by overflowing: only at the smallest scale is this an error
         if scale() > 1:
             return
         self.in_row += 1
@@ -65,7 +66,7 @@ class BadSteps:
 
 
 def find_culprit(trainer, batches):
-    """Say which parameter, layer or gradient of the network turns non-finite on these batches."""
+    """Name the parameter, layer or gradient of the network that is not finite first on these batches."""
     network = trainer.network
     for name, p in network.named_parameters():
         if not p.isfinite().all():
@@ -94,7 +95,7 @@ def find_culprit(trainer, batches):
 
 
 class Output:
-    """Standard output whose failure does not end a run: a closed one, as by `| head`, asks it to stop."""
+    """Standard output whose failure does not end a run; if it is closed, as by `| head`, the run stops."""
 
     def __init__(self, stream, stop):
         self.stream, self.stop, self.failed = stream, stop, False
@@ -125,17 +126,17 @@ class Output:
 
 
 class Stop(StopSignals):
-    """Becomes true on all ranks at once after a signal to any of them, or when nobody reads the output."""
+    """A stop that all ranks agree on, after a signal to any of them or when nobody reads the output."""
 
     def __init__(self, process):
         super().__init__("the current step or validation")
-        self.process, self.signal = process, 0  # what all ranks have agreed on; `number` may change meanwhile
-        # its own group: on CUDA the default one would make the CPU wait for the device
+        self.process, self.signal = process, 0  # what all ranks agreed on; `number` may change meanwhile
+        # a group of its own, since on CUDA the default one would make the CPU wait for the device
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
 
     def __enter__(self):
         super().__enter__()
-        if self.before:  # in another thread than the main one, the process is another program's
+        if self.before:  # outside the main thread, the process belongs to another program
             self.stream, sys.stdout = sys.stdout, Output(sys.stdout, self)
         return self
 
@@ -145,6 +146,7 @@ class Stop(StopSignals):
             sys.stdout = self.stream
 
     def agree(self):
+        """Share the signal among all ranks; returns its number, 0 for none."""
         self.signal = self.number
         if self.group is not None:
             number = torch.tensor(self.signal)
@@ -153,5 +155,5 @@ class Stop(StopSignals):
         return self.signal
 
     def cause(self):
-        """What has stopped the run."""
+        """What stopped the run, as text."""
         return "nobody reading its output" if self.signal == SIGPIPE else signal.Signals(self.signal).name

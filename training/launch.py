@@ -23,7 +23,7 @@ def adapted(cfg):
 
 
 def check_config(cfg):
-    """Raise ValueError for options that cannot work, before anything is started, made or read whole."""
+    """Raise ValueError for options that cannot work, before anything is started, written or read in full."""
     if cfg.eval_only and not cfg.ckpt:
         raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
     for root in (*(() if cfg.synth_per_family else cfg.data_root), *cfg.val_root):
@@ -68,13 +68,13 @@ def check_compile(cfg, device):
         ) from None
 
 
-# in what CUDA, its libraries, MPS and the CPU's allocators say
+# parts of the messages of CUDA, its libraries, MPS and the CPU's allocators
 OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 @contextlib.contextmanager
 def memory_explained(cfg, device):
-    """Where memory runs out, on a card or the CPU, raise MemoryError that says which option to change."""
+    """If memory runs out, on a card or the CPU, raise MemoryError that names the option to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

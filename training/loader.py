@@ -1,4 +1,4 @@
-"""Training and validation samples: made or found, read ahead by threads, handed to the device."""
+"""Training and validation samples: made or found, read ahead by threads, copied to the device."""
 
 import functools
 import math
@@ -30,15 +30,15 @@ MAX_REPLACEMENTS = 100  # tries to find a readable sample in place of a bad one
 class PairDataset(Dataset):
     """Items as (seis (5, T, R), vel (1, 70, 70) float32 m/s, family index, item index).
 
-    seis is float32, or float16 where all files are: half the bytes to the device.
-    A bad sample raises ValueError, unless `bad` says "replace" (by another, which
-    its index alone decides) or "omit" (from a batch); `skipped` counts them by file.
+    seis is float32, or float16 if all files are, which halves the bytes to copy. A bad sample raises
+    ValueError, unless `bad` is "replace" (by another, chosen by its index) or "omit" (from the batch);
+    `skipped` counts bad reads of each file.
     """
 
     def __init__(self, items, bad="raise"):
         self.items = items if isinstance(items, Items) else Items.of(items)
         self.bad, self.skipped, self.lock = bad, {}, threading.Lock()
-        self.finite = np.zeros(len(self.items), bool)  # those that were read and checked
+        self.finite = np.zeros(len(self.items), bool)  # which items were read and checked
         used = [self.items.pairs[k] for k in np.unique(self.items.rows[:, 0])]
         self.dtype = torch.float16 if all(pair.is_half for pair in used) else torch.float32
         modes = {pair.mode: pair for pair in used}
@@ -57,13 +57,13 @@ class PairDataset(Dataset):
         return seis[0], vel[0], int(family), int(index)
 
     def read_batch(self, indices, memory=torch.empty):
-        """Items as one batch of tensors, each sample read straight to its place in `memory(n, dtype=…)`."""
+        """Read items as a batch of tensors, each straight to its place in `memory(n, dtype=...)`."""
         n, n_seis = len(indices), math.prod(self.shape) * self.dtype.itemsize
         both = memory(n * (n_seis + 4 * math.prod(MAP_SHAPE)), dtype=torch.uint8)
         seis = both[: n * n_seis].view(self.dtype).view(n, *self.shape)
         vel = both[n * n_seis :].view(torch.float32).view(n, *MAP_SHAPE)
         read = []
-        seis_rows, vel_rows = seis.numpy(), vel.numpy()  # of the same memory
+        seis_rows, vel_rows = seis.numpy(), vel.numpy()  # views of the same memory
         for i in indices:
             i = self.read_one(i, seis_rows[len(read)], vel_rows[len(read)])
             read += [] if i is None else [i]
@@ -72,11 +72,11 @@ class PairDataset(Dataset):
         return seis[: len(read)], vel[: len(read)], family, index
 
     def read_one(self, i, seis, vel):
-        """Read item i, or its replacement, into the arrays: the item that was read, None for none."""
+        """Read item i, or its replacement, into the arrays; returns the item that was read, or None."""
         for n_tries in range(MAX_REPLACEMENTS):
             pair, index = self.items[i]
             try:
-                # a sample that was finite stays so: its file would show another time
+                # a sample that was finite stays finite, since a changed file is refused
                 read_into(pair, index, seis, vel, check=not self.finite[i])
                 self.finite[i] = True
                 return i
@@ -90,6 +90,7 @@ class PairDataset(Dataset):
         raise ValueError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last of {pair.seis}")
 
     def count(self, pair, error):
+        """Count a bad read; the first of a file is printed."""
         with self.lock:
             if pair.seis not in self.skipped:
                 print(f"skipped: {error}", flush=True)
@@ -97,7 +98,7 @@ class PairDataset(Dataset):
 
 
 class Recycled:
-    """Memory of batches, used again once nobody holds a tensor of it: new memory costs a fault a page."""
+    """Memory of batches, reused once no tensor holds it: new memory would cost a page fault a page."""
 
     def __init__(self, n_kept):
         self.n_kept, self.kept, self.lock = n_kept, [np.empty(0, np.uint8)], threading.Lock()
@@ -115,27 +116,26 @@ class Recycled:
                 if len(self.kept) <= self.n_kept:
                     self.kept.append(np.empty(n, np.uint8))
                     return torch.from_numpy(self.kept[-1])
-            time.sleep(pause_ms / 1000)  # who uses the last batch is about to let go of it
+            time.sleep(pause_ms / 1000)  # the last batch will be released soon
         return torch.empty(n, dtype=dtype)
 
 
 class Loader:
     """Batches (seis, vel, family, item index), read ahead by `workers` threads; 0 reads when asked.
 
-    Reading holds no lock of Python's, so threads do what processes would, without
-    copies between processes: each worker holds one batch. For a CUDA `device`
-    batches come in pinned memory, with `ahead` already copied there by a stream of
-    their own, beside the training step; only the item index stays behind.
+    Reading does not hold Python's lock, so that threads do the work of processes without copies between them.
+    Each worker holds one batch. For a CUDA `device` batches lie in pinned memory; with `ahead` a stream of
+    its own has already copied them to the device during the training step, all but the item index.
     """
 
     def __init__(self, dataset, batch_sampler, workers, device=None, ahead=True):
         if device is not None and device.type != "cuda":
             device = None
         if workers:
-            # a thread that has read wants Python's lock back at once, not after the usual 5 ms
+            # a thread that has read should get Python's lock at once, not after the usual 5 ms
             sys.setswitchinterval(min(sys.getswitchinterval(), 3e-4))
         self.dataset, self.batch_sampler, self.workers, self.device = dataset, batch_sampler, workers, device
-        # torch, too, uses pinned memory again, when the copies from it have ended
+        # torch reuses pinned memory itself, once the copies from it have ended
         self.memory = (
             functools.partial(torch.empty, pin_memory=True) if device else Recycled(max(workers, 1) + 1)
         )
@@ -146,9 +146,9 @@ class Loader:
 
     def __iter__(self):
         for batch, event in self.read_ahead() if self.workers else map(self.fetch, self.batch_sampler):
-            if len(batch[-1]):  # else none of its samples could be read
+            if len(batch[-1]):  # otherwise none of its samples could be read
                 yield self.hand_over(batch, event)
-                batch = None  # or it would live while the next one is waited for
+                batch = None  # so that it is released while the next one is awaited
 
     def read_ahead(self):
         # a new thread's card is card 0, on which pinning memory would open a context
@@ -167,7 +167,7 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def fetch(self, indices):
-        """A batch, and the event that tells when it is on the device."""
+        """Read a batch; returns it with the event that marks its arrival on the device."""
         batch = self.dataset.read_batch(indices, self.memory)
         if self.stream is None:
             return batch, None
@@ -176,7 +176,7 @@ class Loader:
             return (*moved, batch[3]), self.stream.record_event()
 
     def hand_over(self, batch, event):
-        """Make the caller's stream wait for the copy, and the memory outlive what that stream does to it."""
+        """Make the caller's stream wait for the copy, and keep the memory until that stream is done."""
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)

@@ -1,4 +1,4 @@
-"""What training shows and guards: the log, Weights & Biases, non-finite steps, the card's peak."""
+"""What training reports: log lines, log.jsonl, Weights & Biases, the share of the card's peak."""
 
 import contextlib
 import dataclasses
@@ -30,6 +30,7 @@ PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off,
 
 
 def peak_memory_gb(device):
+    """Peak memory of this process in GB: on the card, or on the CPU; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -41,7 +42,7 @@ def peak_memory_gb(device):
 
 
 def peak_flops(device, precision):
-    """The card's peak in floating-point operations a second at this precision; None where unknown."""
+    """The card's peak in floating-point operations per second at this precision; None if unknown."""
     if device.type != "cuda":
         return None
     column = {"float32": 0, "tf32": 1}.get(precision, 2)
@@ -51,7 +52,7 @@ def peak_flops(device, precision):
 
 
 def training_flops(network, mode, device):
-    """Floating-point operations of training on one gather: three times the forward's."""
+    """Floating-point operations of training on one gather: three times those of the forward pass."""
     network.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(preprocess(torch.zeros(1, *GATHER_SHAPE, device=device), mode))
@@ -68,7 +69,7 @@ def step_of(line):
 
 
 class Log:
-    """The log line, log.jsonl and Weights & Biases, and what is counted between two lines; rank 0 writes."""
+    """Log lines, log.jsonl and Weights & Biases, with what is counted between two lines; rank 0 writes."""
 
     def __init__(self, folder, trainer):
         self.folder, self.trainer, self.first_step = folder, trainer, trainer.step
@@ -90,7 +91,7 @@ class Log:
             self.attempt(self.run.finish, int(error[0] is not None))
 
     def attempt(self, write, *args):
-        """Do what training can do without; that it failed is said once, and training goes on."""
+        """Do something that training can do without: a failure is printed once, and training continues."""
         try:
             return write(*args)
         except Exception as error:  # of the disk, of matplotlib, of Weights & Biases: of any kind
@@ -102,7 +103,7 @@ class Log:
                 print(f"{what}: not written ({reason}); training goes on without it", flush=True)
 
     def drop_after(self, step):
-        """Forget the records of steps that a resumed run makes again, and lines that are no records."""
+        """Remove the records of steps that a resumed run repeats, and lines that are no records."""
         path = self.folder / "log.jsonl"
         if path.exists():
             kept = [line for line in read_lines(path) if step_of(line) <= step]
@@ -110,14 +111,16 @@ class Log:
                 file.writelines(f"{line}\n" for line in kept)
 
     def reset(self):
+        """Start counting for the next log line."""
         self.losses, self.data_s, self.since = [], 0.0, time.perf_counter()
 
     def add(self, mae, norm, data_s):
+        """Add a step: its MAE and gradient norm, on the device, and the seconds waited for data."""
         self.losses.append(mae)
         self.norm, self.data_s = norm, self.data_s + data_s
 
     def record(self, values):
-        """One record to log.jsonl and Weights & Biases."""
+        """Write a record to log.jsonl and Weights & Biases."""
         self.attempt(append_json, self.folder / "log.jsonl", values)
         if self.run:
             flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
@@ -126,7 +129,7 @@ class Log:
             self.attempt(self.run.log, flat, values["step"])
 
     def write_validation(self, score, mean_score, rows):
-        """metrics.json, a record, and the figure of these rows: what a validation leaves besides weights."""
+        """Write what a validation leaves besides weights: metrics.json, a record, and a figure of `rows`."""
         record = {
             "step": self.trainer.step,
             "val_mae": score["all"][0],
@@ -142,11 +145,13 @@ class Log:
             self.attempt(self.show_figure, picture)
 
     def show_figure(self, path):
+        """Send a figure to Weights & Biases."""
         import wandb
 
         self.run.log({"validation": wandb.Image(str(path))}, self.trainer.step)
 
     def write(self):
+        """Write the log line and record of the steps added since the last one."""
         trainer, process = self.trainer, self.trainer.process
         mae = process.sum(torch.stack(self.losses).mean()).item() / process.world
         elapsed_s = time.perf_counter() - self.since
@@ -207,7 +212,7 @@ def start_wandb(cfg, folder):
 
 
 def make_profiler(log):
-    """With `profile`, a profiler that writes four steps as a Chrome trace into the run folder."""
+    """With --profile, a profiler that writes a Chrome trace of four steps into the run folder."""
     if not (log.trainer.cfg.profile and log.trainer.process.is_main):
         return contextlib.nullcontext()
     path = str(log.folder / "trace.json")
@@ -218,7 +223,7 @@ def make_profiler(log):
 
 
 def describe(cfg, trainer, n_train, n_val):
-    """The line that says what is about to be trained."""
+    """A line that tells what is about to be trained."""
     process, n_parameters = trainer.process, sum(p.numel() for p in trainer.network.parameters())
     name = cfg.backbone if cfg.arch == "unet" else cfg.arch
     return (
@@ -230,7 +235,7 @@ def describe(cfg, trainer, n_train, n_val):
 
 
 def count_skipped(trainer, loader, log):
-    """Print and log how many reads of bad samples all ranks have replaced so far."""
+    """Print and log how many bad samples all ranks have replaced so far."""
     process = trainer.process
     mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
     n = int(process.sum(mine).item())

@@ -1,9 +1,9 @@
-"""Online simulation: training pairs made while training, in place of a share of those from files.
+"""Online simulation: training pairs simulated while training, in place of a share of those from files.
 
-Chunk k holds eight maps of one family, new ones or variations of training maps, and their mirror images,
-with exact gathers: six shots of each map serve both. Its content depends on the configuration and k alone, so
-that a resumed run goes on with the same samples. On CUDA a thread simulates ahead on the training device;
-elsewhere processes fill a folder of OpenFWI-format files, which later runs use again.
+Chunk k holds eight maps of one family, new ones or variations of training maps, and their mirror images, with
+exact gathers: six shots of each map serve both. Its content depends only on the configuration and k, so that
+a resumed run continues with the same samples. On CUDA a thread simulates ahead on the training device;
+elsewhere processes fill a folder of files in OpenFWI's format, which later runs reuse.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from utils import FAMILIES, check_writable, to_device, write_atomic
 from waves.equation import simulate
 
 SIX_SOURCES = (0, 17, 34, 35, 52, 69)  # the survey's five, and the centre one's mirror image
-N_MAPS = 8  # of a chunk: simulated together, since float results may depend on it
+N_MAPS = 8  # in a chunk, simulated together; fixed, since float results may depend on it
 N_PAIRS = 2 * N_MAPS
 CHUNK_BYTES = N_PAIRS * math.prod(GATHER_SHAPE) * 2  # gathers in float16
-CHUNKS_VERSION = 2  # raise it where chunks change in a way that the first maps drawn do not show
-N_DRAWN = 6  # maps of each family that stand for the code that makes them
-OTHER_SEED = 2**31  # added to the run's: other maps than those of data sets made with the same seed
+CHUNKS_VERSION = 2  # to be raised if chunks change in a way that the first maps drawn do not show
+N_DRAWN = 6  # maps of each family whose values identify the code that makes them
+OTHER_SEED = 2**31  # added to the run's seed, so that maps differ from data sets made with that seed
 
 
 def exact_pairs(vel):
-    """Maps (B, 1, 70, 70) m/s, then their mirror images: seis (2B, 5, 1000, 70), vel (2B, 1, 70, 70)."""
+    """Simulate maps (B, 1, 70, 70) m/s and their mirrors: seis (2B, 5, 1000, 70), vel (2B, 1, 70, 70)."""
     with torch.no_grad():
         six = simulate(vel, sources=SIX_SOURCES)
     seis = torch.cat([six[:, [0, 1, 2, 4, 5]], six[:, [5, 4, 3, 1, 0]].flip(3)])
@@ -53,7 +53,7 @@ def exact_pairs(vel):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What decides every chunk."""
+    """Everything that decides the content of chunks."""
 
     seed: int
     maps: str  # new, varied, both
@@ -61,7 +61,7 @@ class Plan:
     sources: dict  # family -> FileMaps of the training samples
 
     def family(self, k):
-        """Family of chunk k, and whether its maps are variations of training maps."""
+        """The family of chunk k, and whether its maps are variations of training maps."""
         is_varied = self.maps == "varied" or (self.maps == "both" and k % 2 == 1)
         families = tuple(self.sources) if is_varied else self.families
         return families[(k // 2 if self.maps == "both" else k) % len(families)], is_varied
@@ -74,9 +74,10 @@ class Plan:
         return make_maps(family, N_MAPS, self.seed, start=k * N_MAPS)
 
     def key(self):
-        """Twelve hex digits that differ where chunks would: options, samples varied, and some maps as drawn.
+        """Twelve hexadecimal digits that change whenever chunks would.
 
-        The maps stand for the code that makes them: an edit that changes no result keeps a cache.
+        They depend on options, on the samples to be varied, and on some maps as they are drawn. These maps
+        stand for the code that makes them, so that an edit that changes no result keeps a cache valid.
         """
         words = [CHUNKS_VERSION, self.seed, self.maps, self.families]
         digest = hashlib.sha256()
@@ -110,15 +111,15 @@ def make_plan(cfg, items):
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """The places of the global batch that simulated samples take, each with chunks of its own.
+    """The places in the global batch for simulated samples, called lanes, each with chunks of its own.
 
-    share × global batch lanes, the last one taking part in some steps only where that is no whole number. A
-    lane keeps to one place, hence to one rank, and the samples of a step are the same on any number of ranks.
+    There are share × global batch lanes, rounded up; the last one may take part in some steps only. A lane
+    keeps its place, hence its rank, and the samples of a step are the same on any number of ranks.
     """
 
     share: float
     global_batch: int
-    n_chunks: int | None  # of the cache, then they come round again; None: always new ones
+    n_chunks: int | None  # in the cache, used in turn; None = always new ones
 
     @property
     def n(self):
@@ -128,7 +129,7 @@ class Lanes:
         return lane * self.global_batch // self.n
 
     def sample(self, lane, step):
-        """(chunk, index in it) of this lane in this step, or None where it takes no part."""
+        """(chunk, index in it) of a lane in a step, or None if it takes no part."""
         part = min(self.share * self.global_batch - lane, 1)
         visit = math.floor(step * part)
         if math.floor((step + 1) * part) == visit:
@@ -137,7 +138,7 @@ class Lanes:
         return chunk if self.n_chunks is None else chunk % self.n_chunks, visit % N_PAIRS
 
     def chunks(self, mine, steps):
-        """Yield the chunks that the lanes `mine` need in these steps, in the order of their use."""
+        """Yield (lane, chunk) in the order in which the lanes `mine` need them in these steps."""
         now = {}
         for step in steps:
             for lane in mine:
@@ -150,7 +151,7 @@ class Lanes:
 
 
 class Simulated:
-    """Chunks simulated on the training device by a thread, up to `ahead` before they are wanted."""
+    """Chunks that a thread simulates on the training device, up to `ahead` of them in advance."""
 
     def __init__(self, plan, chunks, device, ahead):
         self.plan, self.chunks, self.device = plan, chunks, device
@@ -171,15 +172,15 @@ class Simulated:
                 self.queue.put((lane, k, pairs, event))
                 if self.closed:
                     return
-        except Exception as error:  # whatever it is, the training thread is to say it
+        except Exception as error:  # whatever it is, the training thread reports it
             self.queue.put(error)
 
     def sample(self, lane, k, index):
-        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk; raises ChildProcessError when it failed."""
+        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk. Raises ChildProcessError if that failed."""
         while self.held.get(lane, (None,))[0] != k:
             made = self.queue.get()
             if isinstance(made, Exception):
-                self.queue.put(made)  # for whoever asks again
+                self.queue.put(made)  # for the next call
                 raise ChildProcessError(f"online simulation stopped: {made}") from made
             made_lane, number, pairs, event = made
             if event:
@@ -197,9 +198,9 @@ class Simulated:
 
 
 class Cached:
-    """Chunks written into a folder by processes of their own; those that are there are used as they are.
+    """Chunks that separate processes write into a folder; those already there are reused.
 
-    Raises ValueError where there is no room for them.
+    Raises ValueError if there is no room for them.
     """
 
     def __init__(self, plan, chunks, folder, n_workers, n_chunks):
@@ -212,7 +213,9 @@ class Cached:
                 f"{self.folder}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free; lower --online_pairs, or "
                 "give another folder by --online_cache"
             )
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads half-way
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would inherit threads in the middle of their work
         self.workers = [
             context.Process(target=fill, args=(plan, self.folder, chunks, w, n_workers), daemon=True)
             for w in range(n_workers)
@@ -221,10 +224,10 @@ class Cached:
             worker.start()
 
     def sample(self, lane, k, index):
-        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk; raises ChildProcessError if nobody makes it."""
+        """seis (5, 1000, 70) and vel (1, 70, 70) of a chunk. Raises ChildProcessError if no one makes it."""
         seis, vel = chunk_files(self.plan, self.folder, k)
         while True:
-            codes = [worker.exitcode for worker in self.workers]  # before looking for what it wrote last
+            codes = [worker.exitcode for worker in self.workers]  # first, so that its last file is not missed
             if seis.exists():
                 break
             if any(codes) or None not in codes:
@@ -252,9 +255,11 @@ def chunk_files(plan, folder, k):
 
 
 def fill(plan, folder, chunks, worker, n_workers):
-    """Simulate every `n_workers`th chunk that is not there, in its own process, until the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the parent answers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by an exception, so that unfinished files go
+    """Simulate every n-th missing chunk, n = n_workers, in a process of its own, until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal, which the parent handles
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit()
+    )  # by an exception, so that unfinished files are removed
     if hasattr(os, "nice"):  # not on Windows
         os.nice(10)
     torch.set_num_threads(1)
@@ -278,11 +283,11 @@ def fill(plan, folder, chunks, worker, n_workers):
         sys.exit(2)
 
 
-# ---------------------------------------------------------------- the training's side
+# ---------------------------------------------------------------- mixing into training batches
 
 
 class Online:
-    """Puts simulated samples into training batches. Close it, or use it in a `with`."""
+    """Puts simulated samples into training batches. Use it in a `with`."""
 
     def __init__(self, cfg, process, items, steps):
         plan, world_batch = make_plan(cfg, items), cfg.batch_size * process.world
@@ -306,7 +311,7 @@ class Online:
             self.made = Cached(plan, chunks, folder, cfg.online_workers, n_chunks)
 
     def mix(self, step, first_place, seis, vel, family):
-        """Replace this step's share of a batch, in place; its first sample is at `first_place` globally."""
+        """Replace this step's share of a batch in place; `first_place` is its place in the global batch."""
         found = {i: self.sample_at(step, first_place + i) for i in range(len(seis))}
         found = {i: where for i, where in found.items() if where}
         for i, where in found.items():
@@ -317,13 +322,13 @@ class Online:
             family.index_copy_(0, rows, numbers)
 
     def sample_at(self, step, place):
-        """(lane, chunk, index in it) of the sample simulated for a place of this rank; None where none is."""
+        """(lane, chunk, index in it) of the sample simulated for a place of this rank, or None."""
         lane = self.mine.get(place)
         found = None if lane is None else self.lanes.sample(lane, step)
         return found and (lane, *found)
 
     def name(self, step, place):
-        """What was simulated for a place, for messages; None where nothing was."""
+        """What was simulated for a place, for messages, or None."""
         found = self.sample_at(step, place)
         return found and f"simulated {self.made.plan.family(found[1])[0]}, chunk {found[1]}[{found[2]}]"
 

@@ -7,15 +7,15 @@ from timm.scheduler import CosineLRScheduler
 def _matrix(tensor, p):
     """A kernel as a matrix (out, rest), with the rest in the order that parameter `p` has in memory."""
     if tensor.ndim == 4 and not p.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)  # channels last; Muon does not mind the order of columns
+        tensor = tensor.permute(0, 2, 3, 1)  # channels last; the order of columns does not matter to Muon
     return tensor.flatten(1)
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on hidden matrices and kernels, AdamW on everything else, as one optimizer.
 
-    Muon (Jordan et al., 2024) is torch's own. It takes matrices only, so kernels
-    (out, in, k, k) are handed to it as views (out, in·k·k) of the same storage.
+    Muon (Jordan et al., 2024) is torch's own. It takes matrices only, so that kernels (out, in, k, k) are
+    given to it as views (out, in·k·k) of the same storage.
     """
 
     def __init__(self, hidden, groups, lr, weight_decay):
@@ -94,7 +94,7 @@ def build_optimizer(network, cfg):
             raise ValueError(
                 f"--optimizer=muon: torch {torch.__version__} has no Muon; use torch 2.9 or adamw"
             )
-        # depthwise kernels hold one row a channel that shares nothing with the others: AdamW's
+        # a depthwise kernel has a row of its own for each channel, which is left to AdamW
         hidden = [p for p in matrices if p.shape[1] > 1 and len(p) > 1]
         rest = [p for p in matrices if p.shape[1] == 1 or len(p) == 1]
         return MuonAdamW(hidden, [{"params": rest}, vectors], **common)
@@ -103,7 +103,7 @@ def build_optimizer(network, cfg):
 
 
 class Schedule:
-    """Linear warm-up, constant share, cosine fall to min_lr, in steps: timm's CosineLRScheduler."""
+    """Learning rate by steps: linear warm-up, constant, cosine to min_lr (timm's CosineLRScheduler)."""
 
     def __init__(self, optimizer, cfg, n_steps):
         self.warmup = cfg.warmup_steps
@@ -119,5 +119,5 @@ class Schedule:
         )
 
     def set(self, step):
-        """Set the rate of the update that follows `step` updates."""
+        """Set the learning rate of the update after `step` updates."""
         self.timm.step_update(step if step <= self.warmup else max(self.warmup, step - self.hold))

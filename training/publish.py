@@ -46,9 +46,9 @@ def half(state):
 
 
 def stage(folder):
-    """A run as the card tells it: command, commit, versions, device, samples seen and hours.
+    """A run's entry in the card: command, commit, versions, device, samples seen and hours.
 
-    Raises ValueError for a folder that is no run's.
+    Raises ValueError for a folder that is not a run folder.
     """
     folder = Path(folder)
     rows = dict(line.split(": ", 1) for line in read_lines(folder / "env.txt") if ": " in line)
@@ -65,7 +65,7 @@ def stage(folder):
 
 
 def publish(args):
-    """Write weights and card; returns the card. Raises ValueError for a checkpoint that is none of a run."""
+    """Write weights and card; returns the card. Raises ValueError for a checkpoint that no run wrote."""
     path, out = Path(args.ckpt), Path(args.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out}: expected a name that ends in .safetensors")
@@ -87,7 +87,7 @@ def publish(args):
 
 
 def main(argv):
-    """Publish a checkpoint as the options say."""
+    """Publish a checkpoint according to the options."""
     args = parse_options(argv, PublishOptions, __doc__)
     card = publish(args)
     samples = sum(run["samples"] for run in card["stages"])

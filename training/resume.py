@@ -1,4 +1,4 @@
-"""Going on with a run: which one, whether its checkpoint is sound, its options, the samples it trained on."""
+"""Resuming a run: finding it, and checking its checkpoint, its options and the samples it trained on."""
 
 import dataclasses
 import hashlib
@@ -24,9 +24,9 @@ STATE = {  # what a checkpoint of a run holds, and its type
 COUNTS = ("step", "validated", "since_best")  # of the progress
 ERRORS = ("best_mae", "best_saved_mae")  # of the progress; older versions had the first alone
 OLDEST_OPTIONS = {"seed", "arch", "lr", "epochs", "batch_size"}  # that all versions had
-# Not compared: files are compared by what was indexed.
+# Not compared by name, since files are compared by their contents.
 COMPARED_OTHERWISE = ("data_root", "val_root")
-# What belongs to the call, not to the run that it starts or goes on with.
+# Options of a call, not of the run that it starts or resumes.
 OF_THIS_CALL = (
     *("run_root", "device", "gpus", "threads", "workers", "resume", "ckpt"),
     *("eval_only", "dry_run", "profile", "pretrained"),
@@ -34,9 +34,9 @@ OF_THIS_CALL = (
 
 
 def find_run(cfg):
-    """The run to go on with: (its folder, its state), or (None, None) for a new one.
+    """The run to resume: (its folder, its state), or (None, None) for a new run.
 
-    Raises ValueError where the run that --resume names cannot go on.
+    Raises ValueError if the run that --resume names cannot be resumed.
     """
     folders = []
     if cfg.eval_only:
@@ -44,7 +44,7 @@ def find_run(cfg):
     if cfg.resume:
         folders = run_folders(cfg.run_root, cfg.name)[::-1] if cfg.resume == "auto" else [Path(cfg.resume)]
         if not folders and cfg.name == Config.name:
-            folders = run_folders(cfg.run_root, "full")[::-1]  # what the default name used to be
+            folders = run_folders(cfg.run_root, "full")[::-1]  # the former default name
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again after a failure
         folders = [
             f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")

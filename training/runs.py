@@ -1,4 +1,4 @@
-"""Run folders: made, found again and saved into."""
+"""Run folders: making them, finding them again, and writing checkpoints into them."""
 
 import contextlib
 import dataclasses
@@ -23,8 +23,8 @@ from utils import write_atomic, write_json
 
 
 def start_run(cfg, process):
-    """Make a new run folder, its options and environment noted in it; returns it on every rank."""
-    process.barrier()  # every rank has looked by now for a run to go on with
+    """Make a new run folder with its options and environment; returns it on every rank."""
+    process.barrier()  # by now every rank has looked for a run to resume
     folder = [None]
     if process.is_main:
         folder = [new_run_folder(cfg.run_root, cfg.name)]
@@ -38,7 +38,7 @@ def start_run(cfg, process):
 
 @torch.no_grad()
 def check_reload(cfg, folder, trainer, loader):
-    """Reload best.pt as `infer.py` does; raises ValueError unless it predicts what was validated."""
+    """Reload best.pt as infer.py does. Raises ValueError unless it predicts the same."""
     checkpoint = load_checkpoint(folder / "best.pt")
     network = build_model(network_config(cfg, checkpoint)).to(trainer.process.device).eval()
     load_weights(network, averaged_weights(checkpoint), str(folder / "best.pt"))
@@ -59,7 +59,7 @@ def run_folders(root, name):
 
 
 def new_run_folder(root, name):
-    """Make runs/<number>-<name>/ with the next free number; raises OSError where that fails."""
+    """Make runs/<number>-<name>/ with the next free number. Raises OSError if that fails."""
     Path(root).mkdir(parents=True, exist_ok=True)
     while True:
         taken = [int(m[1]) for p in Path(root).iterdir() if (m := re.match(r"(\d+)-", p.name))]
@@ -96,12 +96,12 @@ def environment(device):
 
 
 def launch_line():
-    """What tells one launch from another: torchrun's restarts keep both its id and its process."""
+    """A line that identifies a launch: restarts by torchrun keep both its id and its process."""
     return f"launch: {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {os.getppid()}"
 
 
 def save_last(trainer, folder):
-    """Write last.pt on rank 0, the one before becomes previous.pt; a full disk is said and survived."""
+    """Write last.pt on rank 0; the one before becomes previous.pt. A full disk does not end training."""
     trainer.saved_s = time.monotonic()
     if not trainer.process.is_main:
         return
@@ -112,7 +112,7 @@ def save_last(trainer, folder):
 
 
 def save_best(trainer, folder, mae):
-    """Write the averaged weights to best.pt where their validation MAE is less than that of those in it."""
+    """Write the averaged weights to best.pt if their validation MAE is lower than that of best.pt."""
     if mae < trainer.best_saved_mae:
         best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
         if save(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae}):
@@ -120,7 +120,7 @@ def save_best(trainer, folder, mae):
 
 
 def save(path, state, keep_as=None):
-    """Write a checkpoint; a full disk is said, and training goes on. Returns whether it was written."""
+    """Write a checkpoint; returns whether that worked. A full disk is reported, and training continues."""
     try:
         save_checkpoint(path, state, keep_as)
         return True

@@ -6,16 +6,16 @@ from torch.utils.data import Sampler
 from data import family_numbers
 from utils import FAMILIES
 
-# the competition's test set, in per cent: these, and the rest shared by the families that are not named here
+# The competition's test set in per cent; the other families share the rest.
 TEST_MIX = {"FlatVel_A": 9.05, "FlatVel_B": 9.05, "Style_A": 8.6, "Style_B": 9.6}
 
 
 class TrainBatches(Sampler):
-    """This rank's batches of one epoch, `accumulate` a step, from step `start` on.
+    """The batches of this rank in one epoch, `accumulate` for each step, from step `start` on.
 
-    The order depends on seed and epoch only: the samples of a step are the same
-    however they are shared among ranks and accumulated batches. What does not
-    fill a last step is dropped. `sample_weights` needs the samples' `families`.
+    The order depends on seed and epoch only, so that the samples of a step are the same however they are
+    divided among ranks and accumulated batches. An incomplete last step is dropped. `families`, the samples'
+    families, are needed for `sample_weights`.
     """
 
     def __init__(self, n, cfg, process, families=None):
@@ -34,8 +34,11 @@ class TrainBatches(Sampler):
             yield order[first : first + size].tolist()
 
     def order(self):
-        """The epoch's n samples in order, all ranks'. With weights a family gives more or fewer than it has:
-        the first of a new shuffle each epoch, or all of them and then some again."""
+        """The n samples of the epoch in order, for all ranks.
+
+        With weights, a family gives fewer samples than it has, the first of a new shuffle each epoch, or
+        more: all of them and then some again.
+        """
         rng = np.random.default_rng((self.cfg.seed, self.epoch))
         if not self.draws:
             return rng.permutation(self.n)
@@ -48,10 +51,10 @@ class TrainBatches(Sampler):
 
 
 def draws_of(families, words):
-    """Samples an epoch takes of each family that is there, {index: count}, len(families) in all.
+    """How many samples an epoch takes of each family, {family index: count}, len(families) in all.
 
-    words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT, 1 where not
-    named. Raises ValueError for other words and where all weights are zero.
+    words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT each; families not named have weight 1.
+    Raises ValueError for other words, and if all weights are zero.
     """
     there, counts = np.unique(families, return_counts=True)
     if tuple(words) == ("test_mix",):

@@ -1,4 +1,4 @@
-"""The state of a training run, all of it held by checkpoints, and the batches it makes ready."""
+"""The state of a training run, which checkpoints hold, and the preparation of its batches."""
 
 import contextlib
 import dataclasses
@@ -23,16 +23,16 @@ PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
 
 
 class Trainer:
-    """Network, its average, optimizer, schedule and scaler: all that a checkpoint holds."""
+    """The network, its average, optimizer, schedule and scaler: everything that a checkpoint holds."""
 
     def __init__(self, cfg, process, steps_per_epoch, network=None, samples=None):
         self.cfg, self.process = cfg, process
         self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
-        self.best_saved_mae = math.inf  # of best.pt: not the best where the disk was full
+        self.best_saved_mae = math.inf  # of best.pt, which a full disk may have kept from being the best
         self.saved_s = time.monotonic()
         self.steps_per_epoch, self.n_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.global_batch = cfg.batch_size * cfg.accumulate * process.world
-        self.samples = samples or {}  # what tells them from others, see `describe_samples`
+        self.samples = samples or {}  # see `describe_samples`
         self.precision = pick_precision(cfg.precision, process.device)
         self.dtype = AUTOCAST.get(self.precision)
         self.family_weights = parse_family_weights(cfg.family_weights).to(process.device)
@@ -44,8 +44,8 @@ class Trainer:
         self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.network, cfg)
         self.schedule = Schedule(self.optimizer, cfg, self.n_steps)
-        # every precision needs the skipping of non-finite steps, float16 alone the scale: it starts near the
-        # one that it settles at, since torch's own start, 65536, would cost the first seven steps
+        # The scaler skips non-finite steps in every precision; only float16 needs a scale. It starts near its
+        # later value, since torch's default of 65536 would cost the first seven steps.
         scale = 512.0 if self.dtype is torch.float16 else 1.0
         self.scaler = torch.amp.GradScaler(process.device.type, init_scale=scale)
         self.forward, self.no_sync = self.network, contextlib.nullcontext
@@ -62,7 +62,7 @@ class Trainer:
         return torch.autocast(self.process.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def losses(self, forward, seis, vel, family):
-        """Loss and absolute error of each sample, (B,) m/s each."""
+        """Loss and mean absolute error of each sample, (B,) m/s each."""
         wants_extras = any(getattr(self.cfg, name) for name in EXTRAS)
         with self.autocast():
             prediction, extras = forward(seis, extras=True) if wants_extras else (forward(seis), {})
@@ -72,11 +72,11 @@ class Trainer:
         return losses, (prediction.detach() - vel).abs().mean((1, 2, 3))
 
     def batch_statistics(self):
-        """Batch norm's running statistics, in one vector; None of a network without."""
+        """The running statistics of batch norm as one vector; None for a network without."""
         return torch.cat([b.flatten() for b in self.buffers]) if self.buffers else None
 
     def share_statistics(self, before, keep):
-        """Make batch norm's statistics the mean of all ranks', or unless `keep` those `before` the step."""
+        """Average the statistics of batch norm over all ranks, or restore those `before` unless `keep`."""
         if self.buffers:
             mean = self.process.sum(self.batch_statistics()) / self.process.world
             pieces = torch.where(keep, mean, before).split([b.numel() for b in self.buffers])
@@ -85,13 +85,13 @@ class Trainer:
             )
 
     def prepare(self, micro, seis, vel, family):
-        """A batch on the device, augmented; the draws depend on seed, step and place in the global batch."""
+        """Bring a batch to the device and augment it, by seed, step and place in the global batch."""
         cfg, process = self.cfg, self.process
         seis, vel, family = (to_device(t, process.device) for t in (seis, vel, family))
         shape, mine = (cfg.accumulate, process.world, len(seis)), (micro, process.rank)
         generator = torch.Generator().manual_seed(self.step_seed())
         seis, vel = flip_batch(seis, vel, torch.rand(shape, generator=generator)[mine] < cfg.flip_p)
-        if self.online is not None:  # these come with exact mirror images instead
+        if self.online is not None:  # simulated samples have exact mirror images instead
             first = (micro * process.world + process.rank) * len(seis)
             self.online.mix(self.step, first, seis, vel, family)
         if is_on(cfg):
@@ -99,9 +99,11 @@ class Trainer:
         return preprocess(seis, cfg.mode), vel, family
 
     def step_seed(self):
+        """The random seed of the current step."""
         return self.cfg.seed + 1_000_003 * self.step
 
     def state(self):
+        """Everything that resuming needs, for a checkpoint."""
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -114,7 +116,7 @@ class Trainer:
         }
 
     def restore(self, state, name):
-        """Go on from a `state`; raises ValueError, naming the run folder `name`, where it does not fit."""
+        """Continue from a `state` of the run folder `name`. Raises ValueError if it does not fit."""
         load_weights(self.network, state["model"], f"{name}: model")
         load_weights(self.ema.module, state["ema"], f"{name}: ema")
         try:
