@@ -150,6 +150,8 @@ class WaveOptions(Options):
 
 def bench_wave(args):
     """Time simulation and its gradient against the plain loop and deepwave, taking turns."""
+    if not args.who or not set(args.who) <= set(WaveOptions.who):
+        raise ValueError(f"--who={','.join(args.who)}: expected some of {', '.join(WaveOptions.who)}")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = pick_device(args.device)
     if args.soak:

@@ -62,6 +62,11 @@ class Results:
     def __getitem__(self, name):
         return self.records[name]
 
+    @property
+    def done(self):
+        """Which records are complete: (n,). Any other number than 1 comes of damage."""
+        return self.records["done"] == 1
+
     def put(self, numbers, **fields):
         """Write the records `numbers`; the values of each field have a row for each number."""
         records = np.zeros(len(numbers), self.part_dtype if self.part else self.dtype)
@@ -96,7 +101,8 @@ class Results:
             if n := n_bytes // self.part_dtype.itemsize:  # the last one may be cut short
                 records = np.memmap(path, self.part_dtype, "r", shape=(n,))
                 # a power cut may have kept the length of a file but not its numbers
-                whole = np.flatnonzero(records["done"] == 1)
+                inside = (0 <= records["number"]) & (records["number"] < self.n)
+                whole = np.flatnonzero(inside & (records["done"] == 1))
                 fields = records[list(self.dtype.names)]
                 self._write(records["number"][whole].tolist(), (fields[k] for k in whole))
             if notes.exists():
@@ -108,7 +114,7 @@ class Results:
 
     def forget(self, where):
         """Mark the records where the mask (n,) is true as not done."""
-        numbers = np.flatnonzero(where & (self["done"] == 1)).tolist()
+        numbers = np.flatnonzero(where & self.done).tolist()
         self._write(numbers, np.zeros(len(numbers), self.dtype))
 
     def _write(self, numbers, records):
@@ -126,7 +132,7 @@ class Results:
 
         Batches stay whole, so that a resumed run computes the same batches as an undisturbed one.
         """
-        done = self.records["done"]
+        done = self.done
         return [numbers for numbers in batches if not done[numbers].all()]
 
     # notes and maps that belong to a record, in files next to this one
@@ -234,7 +240,7 @@ class Work:
             results.make().join()
             forget(results)
             if is_known:
-                print(f"{path}: going on, {int(results['done'].sum())} of {n} done")
+                print(f"{path}: going on, {results.done.sum()} of {n} done")
         wait_for_all(self.process, pause)
         return results.open()
 
@@ -247,7 +253,7 @@ class Work:
         if self.process.is_main and self.process.world > 1:
             results.join([self._part(rank) for rank in range(self.process.world)])
         wait_for_all(self.process, pause)
-        if not results.open()["done"].all():
+        if not results.open().done.all():
             raise ValueError(
                 f"{results.path}: another process's results are not seen here; the same command continues"
             )
@@ -287,7 +293,7 @@ def forget_changed(results, gathers):
     stamps = np.array([gather.stamp for gather in gathers])
     unchanged = (results["stamp"] == stamps).all(1) & (stamps[:, 0] > 0)
     dataset, changed = GatherDataset(gathers), np.zeros(len(gathers), bool)
-    for i in np.flatnonzero((results["done"] == 1) & ~unchanged).tolist():
+    for i in np.flatnonzero(results.done & ~unchanged).tolist():
         changed[i] = (dataset.read_batch([i])[1].numpy() != results["gather"][i]).any()
     if changed.any():
         print(f"{gathers[changed.argmax()]}: another gather than before; predicting {changed.sum()} again")

@@ -33,6 +33,8 @@ def test_without_a_name_the_benchmarks_are_listed_and_unknown_ones_are_one_line(
         ("inversion --input=x --snr=loud", "--snr=loud: expected a number of dB, or inf"),
         ("inversion --input=x --starts=smoothnan", "--starts=smoothnan: expected network, mean, or smooth"),
         ("inversion --input=x --starts=truth", "--starts=truth: expected network, mean, or smooth"),
+        ("wave --who=abc", "--who=abc: expected some of ours, plain, deepwave"),
+        ("wave --who=", "--who=: expected some of"),
         ("data --files=10000 --samples=100000", "GB, .* free; fewer --files or --samples"),
     ],
 )

@@ -48,6 +48,28 @@ def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs
     assert len(traces) == 2 and all(trace["misfits"]["rounded"] < 1e-5 for trace in traces)
 
 
+@pytest.mark.parametrize("byte", [0, 2, 91, 255])
+def test_records_that_are_damaged_are_not_done(tmp_path, byte):
+    results = Results(tmp_path / "network0-0.bin", 3, [("vel", "f4")])
+    results.make().put([0, 2], vel=[1.0, 3.0])
+    assert results.open().done.tolist() == [True, False, True]
+    content = bytearray(results.path.read_bytes())
+    content[-5:] = bytes([byte] * 5)
+    results.path.write_bytes(content)
+    assert results.make().done.tolist() == [True, False, False]
+    assert results.todo([[0], [1], [2]]) == [[1], [2]]
+    results.path.write_bytes(bytes([byte] * 1000))
+    assert not results.make().done.any() and len(results) == 3
+
+
+def test_records_of_a_process_that_are_numbered_outside_are_left_out(tmp_path):
+    part = Results(tmp_path / "network0-0.bin", 2, [("vel", "f4")], part="one")
+    part.make()
+    for number in (-1, 1, 2, 10**9):
+        part.put([number], vel=[5.0])
+    assert Results(part.path, 2, [("vel", "f4")]).make().join().done.tolist() == [False, True]
+
+
 OPTIONS = ("--tta", "--misfit", "--refine=feedback", "--refine_rounds=1", "--post=round")
 
 
