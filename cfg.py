@@ -245,7 +245,7 @@ class Config(Options):
     # ------------------------------------------------------------------------------------------- inference
     ckpt: str = inference(
         "",
-        "best.pt, last.pt or a public state dict; for infer.py also several: a.pt,b.pt",
+        "best.pt, last.pt or others' weights; infer.py: also several, a.pt,b.pt; none = those in weights/",
         programs=(TRAIN, INFER),
         decides=(),
         path=True,

@@ -1,10 +1,11 @@
 """Predict velocity maps: `python infer.py --ckpt runs/001-baseline/best.pt --input DIR --out submission.csv`.
 
---input takes Kaggle test gathers, one .npy of (5, 1000, 70) each, OpenFWI files of (n, 5, 1000, 70), or
-folders of either. Each network predicts all gathers; the predictions are joined, post-processed, refined
-against the observed gathers and written. You can stop the program at any time: results are kept in
-`<out>.work/` until the output is complete, and the same command continues where it stopped. Every card is
-used, and `torchrun … infer.py` uses many machines that share a folder. Options: `--help`.
+Without --ckpt, the network in weights/ predicts. --input takes Kaggle test gathers, one .npy of (5, 1000, 70)
+each, OpenFWI files of (n, 5, 1000, 70), or folders of either. Each network predicts all gathers; the
+predictions are joined, post-processed, refined against the observed gathers and written. You can stop the
+program at any time: results are kept in `<out>.work/` until the output is complete, and the same command
+continues where it stopped. Every card is used, and `torchrun … infer.py` uses many machines that share a
+folder. Options: `--help`.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from inference.refine import Refiner, check_method, in_order
 from inference.results import GATHER_FIELDS, Work, digest, fingerprint, forget_changed
 from inference.submission import MAP_FIELD, check_velocities
 from inference.tta import predict_views
+from networks.checkpoints import shipped_weights
 from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
 from parallel.launch import launch
 from parallel.work import Bar, check_same, code_version, from_main, handed_out, on_all
@@ -326,15 +328,19 @@ def by_gain(run, predictions, refiner, job):
 
 
 def main(argv):
-    """Predict the gathers in --input. Raises ValueError without --input or --ckpt."""
+    """Predict the gathers in --input; without --ckpt, by the network in weights/.
+
+    Raises ValueError without --input.
+    """
     cfg = parse(argv, INFER)
-    for name in ("ckpt", "input"):
-        if not getattr(cfg, name):
-            raise ValueError(
-                f"--{name}=PATH is needed: python infer.py --ckpt PATH --input FILE|DIR --out FILE.csv"
-            )
+    if not cfg.input:
+        raise ValueError("--input=PATH is needed: python infer.py --input FILE|DIR --out FILE.csv")
     launch(cfg, __file__, argv, lambda: len(find_gathers(cfg.input)))
+    is_given = bool(cfg.ckpt)
+    cfg.ckpt = cfg.ckpt or str(shipped_weights())
     with processes(cfg, "gloo") as process:
+        if process.is_main and not is_given:
+            print(f"no --ckpt: the network is {cfg.ckpt}", flush=True)
         infer(cfg, process)
 
 

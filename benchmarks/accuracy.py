@@ -1,4 +1,4 @@
-"""Networks on maps of all ten families: `python bench.py accuracy --ckpt best.pt --maps DIR`.
+"""Networks on maps of all ten families: `python bench.py accuracy --maps DIR`, or `--ckpt=a.pt,b.pt`.
 
 DIR holds `<Family>.npz` files of real maps under the key `dev`. Their gathers are simulated, which reproduces
 the real ones to float error. For a family without a file, synthetic maps are made from a seed that no
@@ -17,6 +17,7 @@ import torch
 from cfg import Config
 from inference.ensemble import Member
 from inference.tta import make_views, predict_views
+from networks.checkpoints import shipped_weights
 from options.fields import Options, Section
 from report.scores import mae_of, ssim
 from synthetic.maps import make_maps
@@ -73,7 +74,7 @@ class AccuracyOptions(Options):
     """The options of `bench.py accuracy`."""
 
     maps: str = ACCURACY("", "folder of <Family>.npz with real maps under `dev`", path=True)
-    ckpt: tuple = ACCURACY((), "checkpoints", path=True)
+    ckpt: tuple = ACCURACY((), "checkpoints; none = the network in weights/", path=True)
     n_per_family: int = ACCURACY(0, "maps of each family; 0 = all real ones, 40 synthetic ones", most=10**6)
     device: str = ACCURACY("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     json: str = ACCURACY("", "file to write every number to", path=True)
@@ -82,7 +83,8 @@ class AccuracyOptions(Options):
 def measure(args):
     """{network: {family: (MAE, RMSE, SSIM, seconds a map)}}, and {family: "real" or "synthetic"}."""
     device, views = pick_device(args.device), make_views(("mirror",))
-    members = {name: Member(Config(ckpt=name), name, device).load() for name in args.ckpt}
+    paths = args.ckpt or (str(shipped_weights()),)
+    members = {name: Member(Config(ckpt=name), name, device).load() for name in paths}
     constant, rows, kinds = mean_map(), {}, {}
     for family in FAMILIES:
         maps, kinds[family] = test_maps(args.maps, family, args.n_per_family)

@@ -72,6 +72,14 @@ def load_checkpoint(path, option="--ckpt"):
     return with_weights(path, read_checkpoint(path, option))
 
 
+def shipped_weights():
+    """The path of the network that comes with the project; ValueError where it is missing."""
+    path = Path(__file__).parents[1] / "weights" / "seisnext.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; bring it back by git checkout, or name a network by --ckpt=PATH")
+    return path
+
+
 def load_described(path):
     """A checkpoint with its network's options under "cfg", {name: value}, where they are told.
 

@@ -7,6 +7,7 @@ equation's kernel by the CPU's.
 import os
 import runpy
 import sys
+import warnings
 
 import fakecuda
 import torch
@@ -28,13 +29,16 @@ def all_shots(job, mode, lane, begin, end, **tensors):
 
 
 def note(kind):
-    """What waits for the card raises under set_sync_debug_mode("error"), as on a real one."""
+    """What waits for the card raises or warns as set_sync_debug_mode says, like on a real one."""
     waits = kind.startswith("sync")
     if "copy" in kind:
         call = sys._getframe(1).f_locals  # of the copy: (to, from, non_blocking=False)
         waits = not call["kwargs"].get("non_blocking", call["args"][2:] and call["args"][2])
-    if waits and torch.cuda.get_sync_debug_mode() == 2:
-        raise RuntimeError(f"called a synchronizing CUDA operation: {kind}")
+    message, mode = f"called a synchronizing CUDA operation: {kind}", torch.cuda.get_sync_debug_mode()
+    if waits and mode == 2:
+        raise RuntimeError(message)
+    if waits and mode == 1:
+        warnings.warn(message, stacklevel=2)
 
 
 def without_float64(tensor):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from training.loader import Loader
 from training.online import Online, Simulated
 from training.trainer import Trainer
 from utils import Process
+from waves.equation import simulate
 
 STAND_IN = Path(os.environ.get("FAKECUDA", ROOT.parent / "shared" / "fakecuda"))
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -72,6 +74,22 @@ def test_training_steps_never_wait_for_the_card(optimizer):
             norm.item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@CARD
+def test_a_simulation_waits_for_the_card_once_to_check_the_maps():
+    vel = torch.linspace(1500, 3000, 70, device="cuda").expand(2, 1, 70, 70).contiguous()
+    simulate(vel, n_samples=60)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            simulate(vel, n_samples=60)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, waits
 
 
 @pytest.mark.gpu
@@ -190,7 +208,7 @@ def test_inversion_on_a_card_needs_no_float64_there(on_cards, checkpoint, pairs,
     words = words_for(
         checkpoint, "--input", gathers, "--truth", gathers, "--out", tmp_path / "s.csv", *options
     )
-    out = on_cards(FAKE, ROOT / "infer.py", *words, WITHOUT_FLOAT64="1")
+    out = on_cards(FAKE, ROOT / "infer.py", *words, WITHOUT_FLOAT64="1", FAKE_CARDS="1")
     maps = maps_of(tmp_path / "s.csv")[1]
     assert len(maps) == 2 and np.isfinite(maps).all() and maps.std() > 0
     assert "inversion" in out

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 
 from examples import invert_one_gather, simulate_and_gradient, train_tiny_network
@@ -15,7 +14,6 @@ def test_the_gradient_example_draws(tmp_path, capsys):
     assert 0.1 < misfit < 20
 
 
-@pytest.mark.slow
 def test_the_inversion_example_draws_and_comes_nearer(tmp_path, capsys):
     invert_one_gather.main([str(tmp_path / "inversion.png")], minutes=2.0)
     assert (tmp_path / "inversion.png").stat().st_size > 10_000

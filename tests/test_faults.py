@@ -146,6 +146,7 @@ def test_two_nodes_equal_one(files, whole, tmp_path):
     assert_same_run(last(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_rank_lost_on_one_of_two_nodes_is_started_again_on_both(files, whole, tmp_path):
     port = random.randint(20_000, 40_000)
     launcher = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=lost"]
@@ -276,7 +277,6 @@ def test_a_nan_gradient_skips_one_step_and_lasting_ones_are_traced(tmp_path, run
         run("--max_bad_steps=4", "--name=traced")
 
 
-@pytest.mark.slow
 def test_all_ranks_skip_and_stop_alike(files, tmp_path):
     program = tmp_path / "spoilt.py"
     program.write_text(

@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, checkpoint, refuses)
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", array)
         refuse("--input", tmp_path / name, words=[tmp_path / name / "x.npy", *words])
-    refuses(main, "--input", good, words=["--ckpt=PATH is needed"])
+    refuses(main, words=["--input=PATH is needed"])
 
 
 # ---------------------------------------------------------------- ensembles, fits, refining, what is told

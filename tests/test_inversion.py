@@ -171,6 +171,7 @@ def test_settling_tells_the_velocity_of_a_layer_of_one_row_from_its_depth():
     assert (paint(velocities, depths) == true).all()
 
 
+@pytest.mark.slow
 def test_annealing_ends_at_the_cells_the_generator_rounded_to():
     layers = Layers(2, 23.0, curved=True)
     controls = np.array([15.0, 18, 22, 16, 14, 19, 21, 20])
@@ -186,7 +187,6 @@ def test_annealing_ends_at_the_cells_the_generator_rounded_to():
     assert far[0][1] == 3200 and observed.simulations - before < 1  # far off: no time is spent on it
 
 
-@pytest.mark.slow
 def test_a_first_contrast_too_faint_to_be_heard_is_found_with_those_below():
     true = flat_map([1511, 1513, 2532, 3068, 3928], [8, 21, 36, 51])
     observed = Observed(gather(true, (0,)), (0,))
@@ -255,7 +255,6 @@ def test_the_best_are_kept_once_each():
     assert [one[0] for one in kept] == [0.1, 0.2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("peak_hz", [15.0, 12.0])
 def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak_hz):
     minutes = 5.0 if peak_hz == 15 else 0.15  # the wrong wavelet takes all of them
@@ -267,7 +266,6 @@ def test_flat_layers_are_found_without_a_guess_but_not_with_a_wrong_wavelet(peak
         assert norm > 0.05 and np.abs(found - FLAT).mean() > 10
 
 
-@pytest.mark.slow
 def test_a_fault_nearly_found_is_finished_to_the_last_whole_unknown():
     model, true = Fault(2, mirrored=True), np.array([1800.0, 2600, 3500, 20, 38, 130, 105, 14])
     observed = Observed(gather(model.sharp(true), (34,)), (34,))
@@ -365,7 +363,6 @@ def test_blocks_change_what_they_name_alone():
     assert all(len(trials) for trials in _trial_blocks(theta, 3))
 
 
-@pytest.mark.slow
 def test_the_recognised_flat_gather_becomes_its_map():
     vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
     assert told["flat"] and told["kept"] in ("rounded", "search1")
@@ -501,6 +498,7 @@ def test_no_map_fits_worse_than_its_guess():
     assert traces[0]["kept"] == "cells" and (vel - true).abs().mean() < (guess - true).abs().mean()
 
 
+@pytest.mark.slow
 def test_gathers_fitted_together_become_what_each_becomes_alone():
     families = ["Style_A", "CurveFault_A", "Style_A"]
     true = torch.cat([torch.from_numpy(make_maps(f, 1, k)) for k, f in enumerate(families)])
@@ -552,7 +550,6 @@ def test_the_bench_starts_from_a_network_only_with_its_checkpoint(tmp_path):
         bench.main(["inversion", f"--input={tmp_path}", "--starts=network"])
 
 
-@pytest.mark.slow
 @pytest.mark.realdata
 def test_the_real_gather_is_explained(shared_data):
     seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))

@@ -62,7 +62,7 @@ def test_a_missing_data_folder_is_said_before_missing_weights(tmp_path, refuses)
     words = (f"--data_root={tmp_path / 'none'}", f"--pretrained={tmp_path / 'none.pth'}", "--threads=1")
     refuses(train.main, *words, words=["none: no such folder", "--data_root=DIR"])
     (tmp_path / "none").mkdir()
-    refuses(train.main, *words, words=["none.pth: no such file", "--pretrained=false"])
+    refuses(train.main, *words, words=["none.pth: no such checkpoint", "--pretrained=false"])
 
 
 def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_here, monkeypatch, capsys):

@@ -19,6 +19,7 @@ def test_every_file_of_its_tree_exists_and_every_module_is_in_it():
         "docs/",
         "examples/",
         "recipes/",
+        "weights/",
         "tests/",
     }
 

@@ -28,6 +28,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs, tmp_path, monkeypatch):
     words = ("--input", pairs / "FlatVel_A", "--truth", pairs, "--refine=inversion", "--refine_iterations=0")
     put = Results.put
@@ -150,6 +151,7 @@ def n_bytes_kept(work):
     return sum(np.count_nonzero(np.fromfile(path, np.uint8)) for path in work.glob("*.bin"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_started_again_it_gives_the_same_bytes(checkpoint, tmp_path):
     """`N_KILLS=12 python -m pytest tests/test_results.py -k killed`: each some time after more is kept."""
     folder = kaggle_folder(tmp_path / "test", 2 + 2 * N_KILLS)

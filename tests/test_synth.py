@@ -410,6 +410,7 @@ def write_three(out, n_simulations):
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert write_three(whole, 3) == 0
@@ -568,6 +569,7 @@ def test_a_batch_goes_to_disk_while_the_next_is_simulated_and_before_that_is_wri
 N_KILLS = int(os.environ.get("N_KILLS", 2))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     """`N_KILLS=12` for more."""
     program = tmp_path / "program.py"

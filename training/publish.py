@@ -7,6 +7,7 @@ come from. --accuracy takes what `python bench.py accuracy --json=FILE` wrote of
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def stage(folder):
         raise ValueError(f"{folder}: no run's folder, its env.txt or log.jsonl is missing or empty")
     last = load_checkpoint(folder / "last.pt")
     told = {name: rows[name] for name in ("command", "commit", "torch", "device") if name in rows}
+    told["command"] = re.sub(r"=/\S*/", "=", told["command"])  # folders of one machine mean nothing elsewhere
     steps = np.diff([0, *(record["step"] for record in records)])
     seconds = steps * last["global_batch"] / [record["samples_per_s"] for record in records]
     told["samples"] = last["progress"]["step"] * last["global_batch"]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils import to_device
 from waves.cpu import compiled, run_cpp
 from waves.passes import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT, warn_once
 from waves.plain import run_torch
@@ -47,7 +48,9 @@ class Job:
         self.drive = drive.detach().contiguous().flatten(0, 1)
         self.alpha = self.layout(self.like)
         kappa = (
-            acquisition.damping_per_velocity().to(alpha) * acquisition.dt_s * self.v_min[:, None]
+            to_device(acquisition.damping_per_velocity().to(alpha.dtype), alpha.device)
+            * acquisition.dt_s
+            * self.v_min[:, None]
         )  # (B, pad)
         self.kappa_z, kappa_x = (
             torch.cat([kappa.flip(1), kappa.new_zeros(self.n_maps, n - 2 * self.pad), kappa], 1)
@@ -59,12 +62,12 @@ class Job:
         self.sources = [s + self.pad for s in acquisition.sources] * self.n_maps
         self.shots = torch.arange(self.n_shots, device=alpha.device)
         self.maps = self.shots // self.n_sources
-        self.source = self.source_row + 1, torch.tensor(self.sources, device=alpha.device)
+        self.source = self.source_row + 1, to_device(torch.tensor(self.sources), alpha.device)
         columns = acquisition.receivers or (0, self.nx - 2 * self.pad - 1)
         self.receivers = min(columns) + self.pad, max(columns) + self.pad
         fastest = [math.ceil(v / 50) * 50 for v in v_max]  # few values, so that cached windows are reused
         reach = torch.tensor(fastest, dtype=torch.float32) * acquisition.dt_s / acquisition.dx_m
-        self.reach = reach.to(alpha.device)[self.maps]
+        self.reach = to_device(reach, alpha.device)[self.maps]
         margin = MARGIN * alpha.element_size() // 4
         self.windows, self.bounds = zip(
             *(

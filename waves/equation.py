@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from utils import to_device
 from waves.acquisition import OPENFWI, ricker
 from waves.engine import Checkpoints, Job
 
@@ -37,13 +38,14 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
     v_min = vel.amin((-2, -1)) if v_min is None else v_min
     padded = F.pad(vel[:, None], (acquisition.n_pad,) * 4, mode="replicate")[:, 0]
     alpha = (padded * acquisition.dt_s / acquisition.dx_m) ** 2
-    v_source = vel[:, acquisition.source_row, torch.tensor(acquisition.sources, device=vel.device)]
-    wavelet = ricker(acquisition.n_samples, vel.dtype, acquisition).to(vel.device)
+    sources = to_device(torch.tensor(acquisition.sources), vel.device)
+    v_source = vel[:, acquisition.source_row, sources]
+    wavelet = to_device(ricker(acquisition.n_samples, vel.dtype, acquisition), vel.device)
     drive = (v_source * acquisition.dt_s)[..., None] ** 2 * wavelet  # (B, S, T)
     keep = torch.is_grad_enabled() and (vel.requires_grad or v_min.requires_grad)
     seis = _Wave.apply(alpha, v_min, drive, acquisition, v_max, Checkpoints() if keep else None)
     if acquisition.receivers is not None:
-        seis = seis[..., torch.tensor(acquisition.receivers, device=vel.device)]
+        seis = seis[..., to_device(torch.tensor(acquisition.receivers), vel.device)]
     return seis
 
 
@@ -120,7 +122,8 @@ def _check(vel, v_min, acq):
     ):
         if not all(0 <= c < size for c in cells):
             raise ValueError(f"{name}: got {cells}, expected cells of the map, 0 to {size - 1}")
-    low, high = vel.detach().amin((-2, -1)), vel.detach().amax((-2, -1))
+    # one copy to the CPU, since each waits for the device
+    low, high = torch.stack([vel.detach().amin((-2, -1)), vel.detach().amax((-2, -1))]).cpu()
     slowest, fastest = low.min().item(), high.max().item()
     least = 2 * acq.dx_m * acq.peak_hz
     if not (least <= slowest and fastest < math.inf):  # also true of NaN
