@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from options.command_line import asks_for_help, nearest, read_words
-from options.fields import Options, Section
+from options.fields import Options, Section, check_gpus
 from options.help import markdown, print_help, written
 
 # Results that options decide, see `fields_that_decide`.
@@ -323,8 +323,7 @@ class Config(Options):
             raise ValueError("--data_root: expected at least one folder")
         if self.gpus == "0":
             raise ValueError("--gpus=0 is gone; write --device=cpu")
-        if self.gpus != "auto" and not (self.gpus.isdecimal() and int(self.gpus) > 0):
-            raise ValueError(f"--gpus={self.gpus}: expected a positive number or auto")
+        check_gpus(self.gpus)
         for name in ("stretch", "gain", "noise_db"):
             values = getattr(self, name)
             if len(values) != 2 or values[0] > values[1]:

@@ -28,7 +28,7 @@ from inference.tta import predict_views
 from networks.checkpoints import shipped_weights
 from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
 from parallel.launch import launch
-from parallel.work import Bar, check_same, code_version, from_main, handed_out, on_all
+from parallel.work import Bar, check_same, code_version, from_main, handed_out, made_on_all
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_steps, try_steps
 from report.scores import error_table, mae_of
 from training.loader import Loader
@@ -46,15 +46,8 @@ def infer(cfg, process):
     All processes take batches in turn; whatever needs every result is done by rank 0. Raises ValueError,
     before any work, for options and files that do not fit together or differ between processes.
     """
-    run = None
-
-    def prepare():
-        nonlocal run
-        check_options(cfg)
-        run = Run(cfg, process)
-
-    on_all(process, prepare)
-    check_same(process, run.seen())
+    run = made_on_all(process, lambda: Run(cfg, process))
+    check_same(process, made_on_all(process, run.seen))
     score = {}
     with Work(cfg.out, process) as run.work, StopSignals("the current batch, to keep it") as run.stop:
         predictions = [predict(run, k) for k in range(len(run.ensemble.members))]
@@ -93,6 +86,7 @@ class Run:
     """One call of the program: its options, inputs and networks; `infer` adds `work` and `stop`."""
 
     def __init__(self, cfg, process):
+        check_options(cfg)
         self.cfg, self.process, self.device = cfg, process, process.device
         self.gathers = find_gathers(cfg.input)
         self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None

@@ -1,20 +1,23 @@
 """Make data sets in OpenFWI's layout: `python synth.py --out=DIR --n_per_family=1000`.
 
 The velocity maps are synthetic (synthetic/maps.py), variations of others (--vary) or given (--maps); their
-gathers are simulated. You can stop it at any time; the same command continues where it stopped.
+gathers are simulated. Every card is used, and `torchrun … synth.py` uses many machines that share a folder:
+processes take the files in turn. You can stop it at any time; the same command continues where it stopped.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from options.command_line import parse_options
-from options.fields import Options, Section
+from options.fields import Options, Section, check_gpus
+from parallel.launch import launch
 from report.figures import new_figure, save_figure
 from synthetic.dataset import check_maps, write_dataset, write_given, write_varied
 from synthetic.maps import make_maps
-from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
+from utils import FAMILIES, V_MAX, V_MIN, check_family, processes, run_program
 
 
 def contact_sheet(path, n=8, seed=0):
@@ -84,8 +87,14 @@ class SynthOptions(Options):
         "", "simulate variations of the velocity maps in this folder of OpenFWI files", path=True
     )
     device: str = SYNTH("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    gpus: str = SYNTH("auto", "CUDA cards, a process each: auto = all, or a number")
+    threads: int = SYNTH(0, "CPU threads of each process; 0 = an equal share of the cores")
     figure: str = SYNTH("", "draw a contact sheet of all families to this file", path=True)
     real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours", path=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_gpus(self.gpus)
 
 
 def main(argv):
@@ -96,25 +105,39 @@ def main(argv):
         raise ValueError("nothing to do; say --out=DIR for a data set, or --figure=FILE.png")
     if args.real and not args.figure:
         raise ValueError("--real goes with --figure=FILE.png")
-    if args.figure:
+    if args.out:
+        check_sources(args, families)
+        launch(args, __file__, argv)
+    if args.figure and os.environ.get("RANK", "0") == "0":
         drawn = real_beside_synthetic(args.figure, args.real) if args.real else contact_sheet(args.figure)
         if drawn:
             print(f"wrote {args.figure}")
-    if not args.out:
-        return
-    common = {"dtype": args.dtype, "per_file": args.per_file, "device": args.device}
+    if args.out:
+        with processes(args, "gloo") as process:
+            write(args, families, process)
+
+
+def check_sources(args, families):
+    """Raise ValueError unless the options say where maps come from, in one way."""
     if args.maps:
         if args.n_per_family or args.vary or (args.families and len(families) != 1):
             raise ValueError("--maps brings its own: no --vary or --n_per_family, at most one of --families")
-        family = families[0] if args.families else None
-        write_given(args.out, args.maps, family, args.keys, args.n_per_file or None, **common)
     elif not args.n_per_family or args.keys or args.n_per_file:
         raise ValueError("say --n_per_family=N, or --maps=FILE; --keys and --n_per_file go with --maps")
+
+
+def write(args, families, process):
+    """Write the data set that the options ask for."""
+    common = {"dtype": args.dtype, "per_file": args.per_file, "process": process}
+    if args.maps:
+        family = families[0] if args.families else None
+        write_given(args.out, args.maps, family, args.keys, args.n_per_file or None, **common)
     elif args.vary:
         write_varied(args.out, args.vary, families, args.n_per_family, args.seed, **common)
     else:
         write_dataset(args.out, families, args.n_per_family, args.seed, **common)
-    print(f"complete: {args.out}")
+    if process.is_main:
+        print(f"complete: {args.out}")
 
 
 if __name__ == "__main__":

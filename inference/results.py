@@ -6,18 +6,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import time
 from pathlib import Path
 
 import numpy as np
 
 from openfwi.gathers import DIGEST_BYTES, GatherDataset
 from openfwi.inspect_data import sha256
-from parallel.work import on_all, wait_for_all
+from parallel.work import check_shared, on_all, wait_for_all
 from utils import read_lines, sole_use, write_atomic
-
-SEEN_S = 10.0  # within which a file made on one machine is seen on another
 
 
 def not_written(path, error):
@@ -184,38 +180,17 @@ class Work:
         self.folder, self.process, self.held = Path(f"{out}.work"), process, contextlib.ExitStack()
 
     def __enter__(self):
-        self.token = on_all(self.process, self._hold)[0]
-        on_all(self.process, self._look)
+        on_all(self.process, self._lock)
+        self.start = check_shared(self.process, self.folder)
         return self
 
-    def _hold(self):
-        """Lock the folder on rank 0; returns a name for this start, which a file there bears."""
-        if not self.process.is_main:
-            return None
-        self.held.enter_context(sole_use(self.folder))
-        token = secrets.token_hex(8)
-        if self.process.world > 1:
-            self._sign(token).touch()
-        return token
-
-    def _sign(self, token):
-        """The file by which processes recognise the folder."""
-        return self.folder / f"start-{token}.sign"
-
-    def _look(self):
-        deadline = time.monotonic() + SEEN_S
-        while self.process.world > 1 and not self._sign(self.token).exists():
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{self.folder.absolute()}: not the folder that process 0 has here; give an --out in a "
-                    "folder that all machines share"
-                )
-            time.sleep(0.1)
+    def _lock(self):
+        if self.process.is_main:
+            self.held.enter_context(sole_use(self.folder))
 
     def __exit__(self, *error):
         if not self.process.is_main:
             return
-        self._sign(self.token).unlink(missing_ok=True)
         if not any(self.RESULT_NAME.fullmatch(path.name) for path in self.folder.iterdir()):
             (self.folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files lie there
@@ -259,7 +234,7 @@ class Work:
             )
 
     def _part(self, rank):
-        return f"{self.token}-{rank}"
+        return f"{self.start}-{rank}"
 
     def remove(self):
         """Remove all results, once the output is complete, and no other file that may lie there."""

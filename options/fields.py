@@ -100,6 +100,12 @@ def check_limits(options):
                     _check_number(field.name, item, ",".join(map(str, value)), kind, limits)
 
 
+def check_gpus(gpus):
+    """Raise ValueError unless --gpus is "auto" or a positive number."""
+    if gpus != "auto" and not (gpus.isdecimal() and int(gpus) > 0):
+        raise ValueError(f"--gpus={gpus}: expected a positive number or auto")
+
+
 def expand_paths(options):
     """Put the home folder in the place of "~" in every path."""
     for field in dataclasses.fields(options):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import utils
 from utils import reason_of
 
 POLL_S = 0.05
+SEEN_S = 10.0  # within which a file made on one machine is seen on another
 LAST_WORDS_S = 5.0  # rank 0 has said by then why all end: torchrun ends it once another one has ended
 
 
@@ -67,6 +69,13 @@ def on_all(process, look):
     return [value for value, *_ in told]
 
 
+def made_on_all(process, make):
+    """What `make()` returns here, once it has returned on every process; errors as with `on_all`."""
+    made = []
+    on_all(process, lambda: made.append(make()))
+    return made[0]
+
+
 def end_all(process, reason):
     """End every process, for a reason that all of them know."""
     if process.is_main:
@@ -98,6 +107,32 @@ def check_same(process, seen):
                     f"process {rank} on {host} has {what} = {found[what]}, process 0 has {expected[what]}; "
                     "start all with the same code, files and options",
                 )
+
+
+def check_shared(process, folder):
+    """Return a name for this start, once every process has seen that `folder` is rank 0's, which is there.
+
+    Otherwise all end, and rank 0 says which process sees another one.
+    """
+    name = on_all(process, lambda: secrets.token_hex(8))[0]
+    sign = Path(folder, f"start-{name}.sign")
+
+    def look():
+        deadline = time.monotonic() + SEEN_S
+        while not sign.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{sign.parent.absolute()}: not the folder that process 0 has here; name one that all "
+                    "machines share"
+                )
+            time.sleep(POLL_S)
+
+    if process.world > 1:
+        on_all(process, lambda: sign.touch() if process.is_main else None)
+        on_all(process, look)
+        if process.is_main:
+            sign.unlink()
+    return name
 
 
 def code_version():
@@ -146,6 +181,7 @@ class Bar(tqdm):
     def __init__(self, process, name, disable=False, **options):
         self.done, self.shown = Total(process, f"bar {name}"), 0
         super().__init__(disable=disable or not process.is_main, **options)
+        self.initial = self.n
 
     def update(self, n=0):
         """Count `n` more done by this process, and show what the others have done meanwhile."""

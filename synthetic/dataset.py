@@ -1,5 +1,6 @@
 """Data sets in OpenFWI's layout, from velocity maps that are made, varied or given."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,16 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
-from tqdm import tqdm
 
 import waves
 from openfwi.find import VEL_NAME, family_of, find_files
 from openfwi.inspect_data import sha256
 from openfwi.npy import MAP_SHAPE, check_array
+from parallel.work import (
+    Bar,
+    check_same,
+    check_shared,
+    code_version,
+    handed_out,
+    made_on_all,
+    on_all,
+    wait_for_all,
+)
 from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_family, pick_device, sole_use, write_atomic
+from utils import FAMILIES, Process, check_family, pick_device, sole_use, write_atomic, write_json
 
 N_SAMPLES = 1000  # time samples of 1 ms
 
@@ -236,28 +246,58 @@ def _check_finished(out, jobs):
             )
 
 
-def _write_jobs(out, jobs, options):
-    """Write every file pair that is not finished; jobs: {family: list of Job}.
+def _join_checksums(out, jobs):
+    """Join the checksums that processes have written, each in its own files, in the order of `jobs`."""
+    found, apart = {}, sorted(out.glob("checksums-*.json"))
+    for path in apart:
+        found |= _read_json(path)
+    if found:
+        names = [path.relative_to(out).as_posix() for job in jobs for path in (job.vel, job.seis)]
+        known = _read_json(out / CHECKSUMS) | found
+        sums = {name: digest for name, digest in known.items() if name not in set(names)}
+        sums |= {name: known[name] for name in names if name in known}
+        with write_atomic(out / CHECKSUMS, "w") as file:
+            file.write(json.dumps(sums, indent=1))
+    for path in apart:
+        path.unlink()
 
-    Raises ValueError if another process is writing into `out`.
+
+def _write_jobs(out, jobs, options, process):
+    """Write every file pair that is not finished; jobs: {family: list of Job}. All processes take pairs.
+
+    Raises ValueError if another command is writing into `out`, or if processes differ in code, options, given
+    maps or the folder that they see.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with sole_use(out):
-        todo, finished = [], []
-        for job in (job for group in jobs.values() for job in group):
-            (finished if job.seis.exists() and job.vel.exists() else todo).append(job)
-        _claim(out, jobs, todo, options)
-        _check_finished(out, finished)
-        if not todo:
-            return
-        with tqdm(total=sum(j.n for j in todo), unit=" maps", desc="simulating") as bar:
-            for job in todo:
-                made = _write_pair(job, options["dtype"], options["device"], bar)
-                sums = _read_json(out / CHECKSUMS)
-                sums |= {path.relative_to(out).as_posix(): digest for path, digest in made.items()}
-                with write_atomic(out / CHECKSUMS, "w") as file:
-                    file.write(json.dumps(sums, indent=1))
+    jobs_in_order = [job for group in jobs.values() for job in group]
+    check_same(process, {"code": code_version(), "options": options, "files": len(jobs_in_order)})
+    with contextlib.ExitStack() as held:
+
+        def prepare():
+            if not process.is_main:
+                return None
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sole_use(out))
+            _join_checksums(out, jobs_in_order)
+            todo = [k for k, j in enumerate(jobs_in_order) if not (j.seis.exists() and j.vel.exists())]
+            _claim(out, jobs, [jobs_in_order[k] for k in todo], options)
+            _check_finished(out, [job for k, job in enumerate(jobs_in_order) if k not in set(todo)])
+            return todo
+
+        todo = on_all(process, prepare)[0]
+        start = check_shared(process, out)
+        n = sum(jobs_in_order[k].n for k in todo)
+        with Bar(process, "synth", total=n, unit=" maps", desc="simulating", disable=not todo) as bar:
+            for k in handed_out(process, "synth", todo):
+                job = jobs_in_order[k]
+                made = _write_pair(job, options["dtype"], process.device, bar)
+                names = {path.relative_to(out).as_posix(): digest for path, digest in made.items()}
+                write_json(out / f"checksums-{start}-{k}.json", names)
+                if process.world == 1:
+                    _join_checksums(out, jobs_in_order)
                 os.replace(_part(job.seis), job.seis)
+            wait_for_all(process, bar.update)
+        if process.is_main:
+            _join_checksums(out, jobs_in_order)
 
 
 def _checked_sizes(n_per_family, per_file, seed):
@@ -271,22 +311,37 @@ def _checked_sizes(n_per_family, per_file, seed):
     return sizes
 
 
-def write_dataset(out, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
+def write_dataset(
+    out, families, n_per_family, seed, dtype="float32", per_file=500, device="auto", process=None
+):
     """Write `n_per_family` maps of each family and their gathers under `out`, in OpenFWI's layout.
 
     If it is stopped, the same call continues; the bytes are those of an uninterrupted call on the same kind
     of device, and finished files are kept. float32 is OpenFWI's own type; float16 halves the disk space and
-    has errors of up to 0.015 at the peaks. Raises ValueError for bad values, no room, or other files in the
-    way, and OSError if `out` cannot be written.
+    has errors of up to 0.015 at the peaks. process: this one of several that all make this call; None = the
+    only one, on `device`. Raises ValueError for bad values, no room, or other files in the way, and OSError
+    if `out` cannot be written.
     """
-    sizes = _checked_sizes(n_per_family, per_file, seed)
-    out = Path(out)
-    jobs = {f: _family_jobs(out, check_family(f), n_per_family, per_file, seed) for f in families}
-    _write_jobs(out, jobs, sizes | {"dtype": dtype, "device": pick_device(device).type})
+    process, out = process or Process(pick_device(device)), Path(out)
+
+    def make():
+        sizes = _checked_sizes(n_per_family, per_file, seed)
+        return sizes, {f: _family_jobs(out, check_family(f), n_per_family, per_file, seed) for f in families}
+
+    sizes, jobs = made_on_all(process, make)
+    _write_jobs(out, jobs, sizes | {"dtype": dtype, "device": process.device.type}, process)
 
 
 def write_given(
-    out, path, family=None, keys=(), n_per_file=None, dtype="float32", per_file=500, device="auto"
+    out,
+    path,
+    family=None,
+    keys=(),
+    n_per_file=None,
+    dtype="float32",
+    per_file=500,
+    device="auto",
+    process=None,
 ):
     """Write given maps and their gathers, as `write_dataset` does; real maps become real OpenFWI pairs.
 
@@ -294,27 +349,38 @@ def write_given(
     data{k}.npy. family: by default the file's name. keys: only these keys; n_per_file: only the first maps of
     the .npy or of each key. Also raises ValueError for maps that are no velocities in m/s.
     """
-    out, path = Path(out), Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --maps wants a .npy or .npz file of velocity maps")
-    if family is None and path.stem not in FAMILIES:
-        raise ValueError(f"{path}: its name is no family; rename it or add --families=NAME, as FlatVel_A")
-    if per_file < 1 or (n_per_file is not None and n_per_file < 1):
-        raise ValueError(f"per_file = {per_file}, n_per_file = {n_per_file}; expected at least 1")
-    family = check_family(family or path.stem)
-    jobs = {family: _given_jobs(out / family, path, keys, n_per_file, per_file)}
+    process, out, path = process or Process(pick_device(device)), Path(out), Path(path)
+
+    def make():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --maps wants a .npy or .npz file of velocity maps")
+        if family is None and path.stem not in FAMILIES:
+            raise ValueError(f"{path}: its name is no family; rename it or add --families=NAME, as FlatVel_A")
+        if per_file < 1 or (n_per_file is not None and n_per_file < 1):
+            raise ValueError(f"per_file = {per_file}, n_per_file = {n_per_file}; expected at least 1")
+        name = check_family(family or path.stem)
+        return {name: _given_jobs(out / name, path, keys, n_per_file, per_file)}
+
+    jobs = made_on_all(process, make)
     options = {"maps_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "per_file": per_file}
     options |= {"keys": list(keys), "n_per_file": n_per_file, "dtype": dtype}
-    _write_jobs(out, jobs, options | {"device": pick_device(device).type})
+    _write_jobs(out, jobs, options | {"device": process.device.type}, process)
 
 
-def write_varied(out, root, families, n_per_family, seed, dtype="float32", per_file=500, device="auto"):
+def write_varied(
+    out, root, families, n_per_family, seed, dtype="float32", per_file=500, device="auto", process=None
+):
     """Write variations of the velocity maps under `root` and their gathers, as `write_dataset` does.
 
     There are `n_per_family` of each of the families that has maps there. Also raises ValueError if none has,
     and for maps that are no velocities in m/s.
     """
-    sizes = _checked_sizes(n_per_family, per_file, seed)
-    jobs, digest = _varied_jobs(Path(out), root, families, n_per_family, per_file, seed)
-    options = sizes | {"varied_sha256": digest, "dtype": dtype, "device": pick_device(device).type}
-    _write_jobs(Path(out), jobs, options)
+    process = process or Process(pick_device(device))
+
+    def make():
+        sizes = _checked_sizes(n_per_family, per_file, seed)
+        return sizes, *_varied_jobs(Path(out), root, families, n_per_family, per_file, seed)
+
+    sizes, jobs, digest = made_on_all(process, make)
+    options = sizes | {"varied_sha256": digest, "dtype": dtype, "device": process.device.type}
+    _write_jobs(Path(out), jobs, options, process)

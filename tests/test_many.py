@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT, kaggle_folder, words_for
 
 import infer
+import synth
 import waves
 from inference.results import Results
 from utils import run_program
@@ -76,6 +78,10 @@ class Ranks:
             time.sleep(0.01)
         return [codes[rank] for rank in range(len(self.pids))], self.told()
 
+    def are_running(self):
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return any(os.waitid(os.P_PID, pid, ended) is None for pid in self.pids)
+
     def told(self):
         return [log.read_text() if log.exists() else "" for log in self.logs]
 
@@ -91,7 +97,7 @@ def outputs(folder, name):
     return {str(path.relative_to(folder)).replace(name, "", 1): path.read_bytes() for path in paths}
 
 
-def simulate_at_once(vel):
+def simulate_at_once(vel, n_samples=1000):
     """Something like gathers (B, 5, 1000, 70) of maps."""
     return (vel[:, :, :1] / 1000).repeat(1, 5, 1000, 1)
 
@@ -156,30 +162,36 @@ def log_puts(path):
     Results.put = noted  # in a process of its own
 
 
+def check_each_was_kept_once(puts):
+    kept = [line.split()[:2] for line in puts.read_text().splitlines()]
+    assert len(kept) == len({tuple(line) for line in kept}) == 2 * N
+
+
 def test_killed_at_any_time_and_started_again_by_others_it_gives_the_same_bytes(whole, words, tmp_path):
     """`N_KILLS=20 python -m pytest tests/test_many.py -k killed`; all that is done once stays done."""
     draw, puts, n_kills = random.Random(0), tmp_path / "puts", 0
     while n_kills < N_KILLS:
         world = draw.choice([2, 3, 4])
-        n_before = puts.read_text().count("\n") if puts.exists() else 0
+        n_before = puts.stat().st_size if puts.exists() else 0
         ranks = infer_by(world, words("many"), tmp_path, lambda rank: log_puts(puts))
-        deadline = time.monotonic() + 120
-        while not puts.exists() or puts.read_text().count("\n") <= n_before:
-            assert time.monotonic() < deadline, ranks.told()
+        while ranks.are_running() and not (puts.exists() and puts.stat().st_size > n_before):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
+        n_kills += ranks.are_running()
         lost = draw.randrange(world)
         ranks.kill([lost])  # torchrun ends the others
         ranks.kill(rank for rank in range(world) if rank != lost)
         codes, told = ranks.wait()
-        if not any(codes):  # at its end
-            break
-        n_kills += 1
+        if not any(codes):  # it came to its end: compare, and kill another run
+            assert outputs(tmp_path, "many") == whole
+            check_each_was_kept_once(puts)
+            for path in [puts, *tmp_path.glob("many*")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     codes, told = infer_by(3, words("many"), tmp_path, lambda rank: log_puts(puts)).wait()
-    assert codes == [0, 0, 0] and (not n_kills or "going on, " in told[0]), told
+    assert codes == [0, 0, 0], told
     assert outputs(tmp_path, "many") == whole
-    kept = [line.split()[:2] for line in puts.read_text().splitlines()]
-    assert len(kept) == 2 * N and len({tuple(line) for line in kept}) == 2 * N
+    check_each_was_kept_once(puts)
+    assert not list(tmp_path.rglob("*.work"))
 
 
 def test_a_slow_process_takes_fewer_batches_and_holds_nobody(words, tmp_path):
@@ -270,7 +282,7 @@ def test_what_one_process_cannot_read_is_said_by_rank_0(words, tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_refused(words, tmp_path, monkeypatch):
-    monkeypatch.setattr("inference.results.SEEN_S", 0.2)
+    monkeypatch.setattr("parallel.work.SEEN_S", 0.2)
 
     def elsewhere(rank):
         home = tmp_path / f"home{rank}"
@@ -279,6 +291,67 @@ def test_a_folder_that_is_not_shared_is_refused(words, tmp_path, monkeypatch):
 
     expected = ("process 1 on ", "home1/s.csv.work: not the folder that process 0 has", "machines share")
     refused(2, [*words("many"), "--out=s.csv"], tmp_path, elsewhere, *expected)
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def synth_by(world, out, folder, *more, before=lambda rank: None):
+    options = ["--families=FlatVel_A,FlatFault_A", "--n_per_family=9", "--per_file=3", "--device=cpu"]
+    return Ranks(synth.main, [f"--out={out}", *options, "--threads=1", *more], world, folder, before)
+
+
+def files_of(out):
+    return {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.name != ".lock"}
+
+
+def test_data_sets_made_by_many_and_killed_on_the_way_have_the_bytes_of_one_process(tmp_path):
+    whole, many, simulated = tmp_path / "whole", tmp_path / "many", tmp_path / "simulated"
+    codes, told = synth_by(1, whole, tmp_path).wait()
+    assert codes == [0], told
+
+    def die(rank):
+        """Rank 1 is lost in its first file."""
+
+        def simulate(vel, n_samples):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with open(simulated, "a") as file:
+                file.write(f"{len(vel)}\n")
+            return simulate_at_once(vel)
+
+        waves.simulate = simulate
+
+    codes, told = synth_by(2, many, tmp_path, before=die).wait()
+    assert codes == [2, -signal.SIGKILL] and "another process has ended (" in told[0], told
+    n_files = len(simulated.read_text().splitlines())
+    assert n_files == 5  # all but that of rank 1, which held nobody
+    codes, told = synth_by(3, many, tmp_path, before=lambda rank: die(0)).wait()
+    assert codes == [0, 0, 0] and sum("complete: " in text for text in told) == 1, told
+    assert len(simulated.read_text().splitlines()) == 6  # what was done is not made again
+    assert files_of(many) == files_of(whole) and len(files_of(whole)) == 14
+
+
+def test_data_sets_of_other_options_or_folders_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("parallel.work.SEEN_S", 0.2)
+
+    def other_seed(rank):
+        if rank:
+            sys.argv.append("--seed=1")
+
+    def elsewhere(rank):
+        (tmp_path / f"home{rank}").mkdir()
+        os.chdir(tmp_path / f"home{rank}")
+
+    for out, before, words in (
+        (tmp_path / "out", other_seed, "process 1 on "),
+        ("out", elsewhere, "out: not the folder that process 0 has here"),
+    ):
+        codes, told = synth_by(2, out, tmp_path, before=before).wait(60)
+        lines = "".join(told).strip().splitlines()
+        assert codes == [2, 2] and len(lines) == 1 and words in lines[0], told
+    codes, told = synth_by(2, tmp_path / "out", tmp_path, "--per_file=0").wait(60)
+    assert codes == [2, 2] and all("--per_file=0: expected a positive number" in text for text in told)
 
 
 # ---------------------------------------------------------------- torchrun
