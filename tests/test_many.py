@@ -357,6 +357,7 @@ def test_data_sets_of_other_options_or_folders_are_refused_in_one_line(tmp_path,
 # ---------------------------------------------------------------- torchrun
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun_go_on_after_a_loss_on_one_of_them(whole, words, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
