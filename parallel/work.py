@@ -179,12 +179,13 @@ class Bar(tqdm):
     """A progress bar of what all processes have done, shown by rank 0."""
 
     def __init__(self, process, name, disable=False, **options):
-        self.done, self.shown = Total(process, f"bar {name}"), 0
+        self.process, self.done, self.shown = process, Total(process, f"bar {name}"), 0
         super().__init__(disable=disable or not process.is_main, **options)
         self.initial = self.n
 
     def update(self, n=0):
         """Count `n` more done by this process, and show what the others have done meanwhile."""
-        done = self.done.add(n)
-        super().update(done - self.shown)
-        self.shown = done
+        if n or self.process.is_main:  # at the end rank 0 may be gone already, and the store with it
+            done = self.done.add(n)
+            super().update(done - self.shown)
+            self.shown = done
