@@ -228,7 +228,9 @@ class Work:
         if self.process.is_main and self.process.world > 1:
             results.join([self._part(rank) for rank in range(self.process.world)])
         wait_for_all(self.process, pause)
-        if not results.open().done.all():
+        results.open()
+        wait_for_all(self.process, pause)  # or rank 0 might end, and remove them, before they are opened
+        if not results.done.all():
             raise ValueError(
                 f"{results.path}: another process's results are not seen here; the same command continues"
             )
