@@ -6,6 +6,7 @@ import datetime
 import difflib
 import errno
 import functools
+import hashlib
 import json
 import os
 import random
@@ -536,6 +537,15 @@ def sole_use(folder, patience_s=5.0):
             file.flush()
             yield
             return
+
+
+def sha256(path):
+    """SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_lines(path):

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from openfwi.gathers import DIGEST_BYTES, GatherDataset
-from openfwi.inspect_data import sha256
 from parallel.work import check_shared, on_all, wait_for_all
-from utils import read_lines, sole_use, write_atomic
+from utils import read_lines, sha256, sole_use, write_atomic
 
 
 def not_written(path, error):

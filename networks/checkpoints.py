@@ -1,7 +1,6 @@
 """Checkpoint files: ours, and what others publish. Nothing in a file is ever run."""
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from utils import write_atomic
+from utils import sha256, write_atomic
 
 # Where files keep their weights: timm, PyTorch's tutorials, Lightning, segmentation_models, ours.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -100,12 +99,6 @@ def load_described(path):
             )
         checkpoint["cfg"] = card.get("network", card)
     return checkpoint
-
-
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_head(path, head):

@@ -8,7 +8,6 @@ A packed copy is used like any other data folder. The exit status is 1 if files 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ from openfwi.find import family_in
 from openfwi.index import N_READERS
 from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
-from utils import FAMILIES, sole_use, write_atomic
+from utils import FAMILIES, sha256, sole_use, write_atomic
 
 CHUNK = 20  # samples that are packed at once
 HALF_MAX = 65504.0  # float16's largest number
@@ -52,15 +51,6 @@ def check_sums(pair):
         entry = manifest["files"].get(path.absolute().relative_to(folder).as_posix(), {})
         if sha256(path) != entry.get("sha256"):
             raise ValueError(f"{path}: other bytes than were packed, by its checksum; pack it again")
-
-
-def sha256(path):
-    """SHA-256 of a file's contents, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def overview(roots, verify=False):
