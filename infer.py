@@ -46,7 +46,12 @@ def infer(cfg, process):
     All processes take batches in turn; whatever needs every result is done by rank 0. Raises ValueError,
     before any work, for options and files that do not fit together or differ between processes.
     """
-    run = made_on_all(process, lambda: Run(cfg, process))
+
+    def prepare():
+        check_options(cfg)
+        return Run(cfg, process)
+
+    run = made_on_all(process, prepare)
     check_same(process, made_on_all(process, run.seen))
     score = {}
     with Work(cfg.out, process) as run.work, StopSignals("the current batch, to keep it") as run.stop:
@@ -86,7 +91,6 @@ class Run:
     """One call of the program: its options, inputs and networks; `infer` adds `work` and `stop`."""
 
     def __init__(self, cfg, process):
-        check_options(cfg)
         self.cfg, self.process, self.device = cfg, process, process.device
         self.gathers = find_gathers(cfg.input)
         self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None

@@ -117,11 +117,15 @@ def test_output_that_cannot_be_written_is_said_once_and_the_run_goes_on(capfd):
 
 def test_a_terminals_ctrl_c_and_torchruns_echo_of_it_are_one(monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    stop = Stop(CPU)
-    with stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        assert stop.agree() == signal.SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        stop = Stop(CPU)
+        with stop:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stop.agree() == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_stopping_from_another_thread_leaves_signals_and_output_alone():

@@ -78,7 +78,8 @@ def latest_state(folder):
 def check_state(path, state):
     """Raise ValueError unless a checkpoint holds all of a run, whole."""
     if not isinstance(state, dict) or "optimizer" not in state:
-        raise ValueError(f"{path}: holds no run, at most weights; start from these by --ckpt={path}")
+        kind = "weights only" if isinstance(state, dict) and "model" in state else "no run"
+        raise ValueError(f"{path}: holds {kind}, expected all of a run; start from weights by --ckpt={path}")
     faults = [
         f"{name} is a {type(state.get(name)).__name__}, expected {kind.__name__}"
         for name, kind in STATE.items()
