@@ -7,7 +7,8 @@ import torch
 
 from openfwi.files import check_values, find_pairs, same_maps
 from openfwi.npy import MAP_SHAPE
-from utils import FAMILIES, check_family, mirror_survey, to_device
+from system.devices import to_device
+from utils import FAMILIES, check_family, mirror_survey
 
 
 class Items:

@@ -28,11 +28,14 @@ from inference.tta import predict_views
 from networks.checkpoints import shipped_weights
 from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
 from parallel.launch import launch
+from parallel.processes import processes
 from parallel.work import Bar, check_same, code_version, from_main, handed_out, made_on_all
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_steps, try_steps
 from report.scores import error_table, mae_of
+from system.devices import to_device
+from system.files import check_writable, write_atomic
 from training.loader import Loader
-from utils import StopSignals, check_family, check_writable, processes, run_program, to_device, write_atomic
+from utils import StopSignals, check_family, run_program
 from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
 OF_A_PROCESS = ("device", "gpus", "threads", "workers")  # options that may differ between processes

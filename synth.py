@@ -14,10 +14,11 @@ import numpy as np
 from options.command_line import parse_options
 from options.fields import Options, Section, check_gpus
 from parallel.launch import launch
+from parallel.processes import processes
 from report.figures import new_figure, save_figure
 from synthetic.dataset import check_maps, write_dataset, write_given, write_varied
 from synthetic.maps import make_maps
-from utils import FAMILIES, V_MAX, V_MIN, check_family, processes, run_program
+from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
 
 
 def contact_sheet(path, n=8, seed=0):

@@ -21,7 +21,10 @@ from networks.checkpoints import load_described
 from openfwi.files import find_pairs
 from openfwi.modes import preprocess
 from parallel.launch import launch
+from parallel.processes import processes
 from report.scores import Score, score_table
+from system.devices import to_device
+from system.files import sole_use
 from training.guards import BadSteps, Stop
 from training.launch import adapted, check_compile, check_config, memory_explained
 from training.loader import make_loaders, prepare_data
@@ -30,7 +33,7 @@ from training.online import Online
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
 from training.runs import check_reload, save_best, save_last, start_run
 from training.trainer import Trainer
-from utils import FAMILIES, processes, run_program, say_on_stderr, seed_all, sole_use, to_device
+from utils import FAMILIES, run_program, say_on_stderr, seed_all
 
 N_FIGURE_ROWS = 5  # families in the figure of a validation
 

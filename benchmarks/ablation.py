@@ -23,15 +23,17 @@ from model import check_model
 from openfwi.files import read_sample
 from openfwi.modes import preprocess
 from options.fields import Options, Section
+from parallel.processes import processes
 from report.figures import new_figure, save_figure
 from report.scores import ssim
+from system.files import append_json, read_lines
 from train import train_epoch
 from training.guards import BadSteps
 from training.loader import PairDataset, make_loaders
 from training.log import Log
 from training.runs import environment
 from training.trainer import Trainer
-from utils import append_json, processes, read_lines, seed_all
+from utils import seed_all
 
 # Options of cfg.py: one learning rate for all networks, tuned for none. The budget ends a run, and nothing is
 # logged or saved on the way.

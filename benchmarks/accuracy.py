@@ -21,7 +21,9 @@ from networks.checkpoints import shipped_weights
 from options.fields import Options, Section
 from report.scores import mae_of, ssim
 from synthetic.maps import make_maps
-from utils import FAMILIES, pick_device, write_atomic
+from system.devices import pick_device
+from system.files import write_atomic
+from utils import FAMILIES
 from waves import simulate
 
 TEST_SEED = 987_654_321  # of synthetic test maps

@@ -24,8 +24,10 @@ from data import whole
 from openfwi.files import find_pairs
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
 from options.fields import Options, Section
+from parallel.processes import Process
+from system.devices import keep_memory
+from system.files import write_json
 from training.loader import make_loaders
-from utils import Process, keep_memory, write_json
 
 BLOCK = 1 << 20  # bytes that `sequential` reads at once
 

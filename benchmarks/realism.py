@@ -22,7 +22,8 @@ from benchmarks.map_statistics import print_statistics
 from options.fields import Options, Section
 from report.figures import new_figure, save_figure
 from synthetic.maps import make_maps
-from utils import FAMILIES, V_MAX, V_MIN, check_family, write_atomic
+from system.files import write_atomic
+from utils import FAMILIES, V_MAX, V_MIN, check_family
 
 SYNTH_SEED = 1_234
 NOISE_M_S = 10.0  # hides the errors of the recovered `shapes` maps

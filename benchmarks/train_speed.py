@@ -15,12 +15,13 @@ from data import whole
 from openfwi.files import find_pairs
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE
 from options.fields import Section
+from parallel.processes import processes
+from system.files import write_json
 from train import train_epoch
 from training.guards import BadSteps, Stop
 from training.loader import make_loaders
 from training.log import Log, peak_memory_gb
 from training.trainer import Trainer
-from utils import processes, write_json
 
 TRAIN_SPEED = Section("train", "the training loop against a bare one, with these options", (TRAIN,))
 

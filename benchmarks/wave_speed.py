@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import waves
 from options.fields import Options, Section
-from utils import pick_device, write_json
+from system.devices import pick_device
+from system.files import write_json
 from waves.cpu import compiled
 from waves.engine import windows_of
 from waves.passes import BLOCK, MARGIN

@@ -14,7 +14,8 @@ from networks.checkpoints import averaged_weights, load_described
 from networks.weights import load_weights
 from openfwi.modes import preprocess
 from postprocess import fuse
-from utils import AUTOCAST, FAMILIES, pick_precision
+from system.devices import AUTOCAST, pick_precision
+from utils import FAMILIES
 from waves.misfit import is_flat
 
 # The family of a gather above flat layers: in B velocities need not increase with depth, which covers A too

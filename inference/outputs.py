@@ -15,7 +15,8 @@ from openfwi.gathers import GatherDataset
 from report.figures import calibration_figure, prediction_figure, steps_figure
 from report.predictions import best_median_worst, print_misfits, print_warnings, write_misfits
 from report.scores import by_family, error_table, score_table, spearman
-from utils import FAMILIES, write_atomic
+from system.files import write_atomic
+from utils import FAMILIES
 from waves.misfit import MISFITS, simulated
 
 

@@ -8,7 +8,8 @@ import torch
 
 from openfwi.npy import GATHER_SHAPE
 from parallel.work import handed_out, on_all, wait_for_all
-from utils import FAMILIES, sole_use, write_atomic
+from system.files import sole_use, write_atomic
+from utils import FAMILIES
 from waves.misfit import simulated
 
 PER_FILE = 500  # samples, as in OpenFWI

@@ -12,7 +12,7 @@ import numpy as np
 
 from openfwi.gathers import DIGEST_BYTES, GatherDataset
 from parallel.work import check_shared, on_all, wait_for_all
-from utils import read_lines, sha256, sole_use, write_atomic
+from system.files import read_lines, sha256, sole_use, write_atomic
 
 
 def not_written(path, error):

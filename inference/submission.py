@@ -4,7 +4,7 @@ import numpy as np
 
 from inference.results import not_written
 from openfwi.npy import MAP_SHAPE
-from utils import write_atomic
+from system.files import write_atomic
 
 MAP_FIELD = ("vel", "f4", MAP_SHAPE)  # the field of a result that holds its map
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from utils import sha256, write_atomic
+from system.files import sha256, write_atomic
 
 # Where files keep their weights: timm, PyTorch's tutorials, Lightning, segmentation_models, ours.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")

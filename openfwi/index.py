@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from openfwi.npy import NpyFile, read_header
-from utils import write_atomic
+from system.files import write_atomic
 
 N_READERS = 8  # threads that wait for the disk while files are indexed or checked
 

@@ -25,7 +25,8 @@ from openfwi.find import family_in
 from openfwi.index import N_READERS
 from openfwi.modes import MODE_SHAPES, preprocess
 from openfwi.npy import MAP_SHAPE, check_finite
-from utils import FAMILIES, sha256, sole_use, write_atomic
+from system.files import sha256, sole_use, write_atomic
+from utils import FAMILIES
 
 CHUNK = 20  # samples that are packed at once
 HALF_MAX = 65504.0  # float16's largest number

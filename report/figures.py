@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from utils import V_MAX, V_MIN, write_atomic
+from system.files import write_atomic
+from utils import V_MAX, V_MIN
 
 
 def new_figure(size, layout="constrained"):

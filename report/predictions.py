@@ -3,7 +3,7 @@
 import numpy as np
 
 from report.scores import spearman
-from utils import write_atomic
+from system.files import write_atomic
 from waves.misfit import MISFITS, WARNINGS
 
 

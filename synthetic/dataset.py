@@ -22,6 +22,7 @@ from numpy.lib.npyio import NpzFile
 import waves
 from openfwi.find import VEL_NAME, family_of, find_files
 from openfwi.npy import MAP_SHAPE, check_array
+from parallel.processes import Process
 from parallel.work import (
     Bar,
     check_same,
@@ -35,7 +36,9 @@ from parallel.work import (
 from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, Process, check_family, pick_device, sha256, sole_use, write_atomic, write_json
+from system.devices import pick_device
+from system.files import sha256, sole_use, write_atomic, write_json
+from utils import FAMILIES, check_family
 
 N_SAMPLES = 1000  # time samples of 1 ms
 

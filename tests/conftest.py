@@ -16,8 +16,9 @@ from inference.pseudo import pair_paths
 from model import build_model
 from networks.checkpoints import save_checkpoint
 from openfwi import npy
+from parallel.processes import Process
 from synthetic.maps import make_maps
-from utils import Process, run_program
+from utils import run_program
 from waves.equation import simulate
 
 ROOT = Path(__file__).parents[1]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cfg import Config
+from parallel.processes import Process
 from train import train_step
 from training import augment as module
 from training.augment import KINDS, N_DRAWS, augment, draw, is_on, resample
 from training.trainer import Trainer
-from utils import Process
 from waves.acquisition import ricker
 from waves.equation import simulate
 

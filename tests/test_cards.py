@@ -25,12 +25,12 @@ import train
 from cfg import Config
 from networks.checkpoints import load_checkpoint
 from networks.encoder import _convnext_stem
+from parallel.processes import Process
 from synthetic.maps import make_maps
 from training.guards import BadSteps
 from training.loader import Loader
 from training.online import Online, Simulated
 from training.trainer import Trainer
-from utils import Process
 from waves.equation import simulate
 
 STAND_IN = Path(os.environ.get("FAKECUDA", ROOT.parent / "shared" / "fakecuda"))

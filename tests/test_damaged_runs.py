@@ -10,10 +10,10 @@ from conftest import CPU, NETWORK, random_batch
 import train
 from cfg import Config
 from networks.checkpoints import read_checkpoint, save_checkpoint
+from system.files import sole_use
 from training.log import Log
 from training.resume import check_resumed, find_run, resumed_config
 from training.trainer import Trainer
-from utils import sole_use
 
 SAMPLES = {"training": {"files": 1, "samples": 8, "digest": "0" * 16}}
 NAMES = ("model", "ema", "optimizer", "scaler", "progress", "global_batch", "samples", "cfg")

@@ -13,9 +13,10 @@ from data import Items, family_numbers, flip_batch, load_items, mean_map, split_
 from openfwi import files
 from openfwi.files import find_pairs
 from openfwi.modes import preprocess
+from parallel.processes import Process
 from training.loader import MAX_REPLACEMENTS, PairDataset, Recycled, make_loaders
 from training.sampler import TrainBatches, draws_of
-from utils import FAMILIES, Process, mirror_survey
+from utils import FAMILIES, mirror_survey
 
 CPU = Process(torch.device("cpu"))
 

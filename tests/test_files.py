@@ -419,7 +419,7 @@ def test_two_thousand_files_are_read_where_only_256_may_be_open(tmp_path):
         from data import whole
         from training.loader import make_loaders
         from openfwi.files import find_pairs
-        from utils import Process
+        from parallel.processes import Process
         pairs = find_pairs([{str(tmp_path)!r}])
         cfg = Config(batch_size=8, workers=4)
         train, val = make_loaders(cfg, Process(torch.device("cpu")), whole(pairs), whole(pairs))

@@ -15,8 +15,8 @@ import torch
 from conftest import CPU, ROOT, SMALL
 
 from networks.checkpoints import load_checkpoint
+from parallel.processes import Process
 from training.guards import Output, Stop
-from utils import Process
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_is_kept_for_the_next_step(monkeypatch):

@@ -12,8 +12,8 @@ from data import load_items, whole
 from openfwi import files, inspect_data
 from openfwi.files import find_pairs
 from openfwi.modes import MODE_SHAPES, preprocess
+from system.files import sole_use
 from training.loader import PairDataset
-from utils import sole_use
 
 UNET = [*SMALL, "--arch=unet", "--backbone=convnext_atto", "--pretrained=false"]
 

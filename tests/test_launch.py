@@ -68,7 +68,9 @@ def test_a_missing_data_folder_is_said_before_missing_weights(tmp_path, refuses)
 def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_here, monkeypatch, capsys):
     """In a thread, with two cards there; signals, streams and torch's settings are the caller's."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("utils.keep_memory", lambda: pytest.fail("the process's memory is the caller's"))
+    monkeypatch.setattr(
+        "parallel.processes.keep_memory", lambda: pytest.fail("the process's memory is the caller's")
+    )
     torch.set_num_threads(2)
     try:
         before = sys.stdout, sys.getswitchinterval(), signal.getsignal(signal.SIGINT), torch.get_num_threads()

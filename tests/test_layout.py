@@ -19,7 +19,7 @@ FLOORS = [  # from the top; each folder or program imports only what stands furt
     {"training", "inversion", "postprocess", "synth"},
     {"model", "data", "synthetic", "report"},
     {"cfg", "waves", "openfwi", "networks", "parallel"},
-    {"options", "utils"},
+    {"options", "system", "utils"},
 ]
 FLOOR_OF = {room: len(FLOORS) - k for k, rooms in enumerate(FLOORS) for room in rooms}  # floor 1 is lowest
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train
-import utils
 from networks.checkpoints import load_checkpoint
+from system import files
+from system.files import append_json
 from training import log
-from utils import append_json
 
 
 def test_profile_writes_a_chrome_trace(train_here):
@@ -73,7 +73,7 @@ def test_a_full_disk_costs_decoration_only_is_said_once_and_best_is_made_up_for(
     train_here, tmp_path, capsys, monkeypatch
 ):
     """Full from the first validation to the second, whose error is larger than the first's."""
-    make_part, validate, errors = utils._make_part, train.validate, iter([700.0, 720.0])
+    make_part, validate, errors = files._make_part, train.validate, iter([700.0, 720.0])
 
     def make(path, mode):
         if path.name in ("metrics.json", "validation.png") or (path.name == "best.pt" and is_full):
@@ -88,7 +88,7 @@ def test_a_full_disk_costs_decoration_only_is_said_once_and_best_is_made_up_for(
         return score, mean_score, rows
 
     is_full = False
-    monkeypatch.setattr(utils, "_make_part", make)
+    monkeypatch.setattr(files, "_make_part", make)
     monkeypatch.setattr(log, "append_json", full_disk)
     monkeypatch.setattr(train, "validate", validate_to)
     folder = train_here()

@@ -22,11 +22,12 @@ from data import Items, whole
 from networks.checkpoints import load_checkpoint
 from openfwi import npy
 from openfwi.files import find_pairs
+from parallel.processes import Process
 from synthetic.maps import make_maps
 from synthetic.vary import vary
 from training import online as module
 from training.online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
-from utils import FAMILIES, Process, mirror_survey
+from utils import FAMILIES, mirror_survey
 from waves.equation import simulate
 
 CPU = Process(torch.device("cpu"))
@@ -328,7 +329,7 @@ from data import whole
 from openfwi.files import find_pairs
 from synthetic.maps import make_maps
 from training.online import Online
-from utils import Process
+from parallel.processes import Process
 if __name__ == "__main__":
     cfg = Config(online=0.5, batch_size=2, online_cache={str(tmp_path / "cache")!r})
     online = Online(cfg, Process(torch.device("cpu")), whole(find_pairs([{str(files)!r}])), range(10**5))

@@ -4,16 +4,18 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
-import utils
 from benchmarks import data_speed, wave_speed
 from networks.checkpoints import load_checkpoint, save_checkpoint
+from system import devices, files
+from system.files import sole_use, sweep_parts, write_atomic
 from training import log
-from utils import StopSignals, sole_use, sweep_parts, write_atomic
+from utils import StopSignals
 from waves import cpu, engine
 
 CPU = torch.device("cpu")
@@ -22,20 +24,20 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def no_proc(monkeypatch):
     """No /proc, as on Windows and macOS."""
-    read = utils.Path.read_text
+    read = Path.read_text
 
     def read_text(path, *args, **kwargs):
         if path.as_posix().startswith("/proc"):
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return read(path, *args, **kwargs)
 
-    monkeypatch.setattr(utils.Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
 
 
 @pytest.fixture
 def no_locks(monkeypatch):
     """No fcntl, as on Windows, which renames and removes closed files only."""
-    monkeypatch.setattr(utils, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     replace, closed = os.replace, []
 
     def replace_closed(source, target):
@@ -90,11 +92,11 @@ def test_freed_memory_is_kept_by_glibc_alone(monkeypatch):
         def load(name, missing=missing):
             raise missing
 
-        monkeypatch.setattr(utils.ctypes, "CDLL", load)
-        utils.keep_memory()
+        monkeypatch.setattr(devices.ctypes, "CDLL", load)
+        devices.keep_memory()
         assert wave_speed.peak_mib(lambda: None, CPU) is None
-    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: object())  # macOS: no mallopt, no malloc_trim
-    utils.keep_memory()
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())  # macOS: no mallopt, no malloc_trim
+    devices.keep_memory()
     assert wave_speed.peak_mib(lambda: None, CPU) is None
 
 

@@ -19,7 +19,8 @@ import infer as infer_module
 from cfg import parse
 from infer import infer, main
 from inference.results import Results
-from utils import run_program, sole_use
+from system.files import sole_use
+from utils import run_program
 
 N_KILLS = int(os.environ.get("N_KILLS", 1))  # docs/experiments has 12
 

@@ -12,9 +12,10 @@ from conftest import CPU, NETWORK, ROOT, SMALL, random_batch, write_pair
 import train
 from cfg import Config, parse
 from networks.checkpoints import load_checkpoint
+from system.devices import pick_precision
 from train import train_step
 from training.trainer import Trainer
-from utils import pick_precision, seed_all
+from utils import seed_all
 
 MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 

@@ -6,7 +6,8 @@ stay finite, or would become zero throughout, is left unchanged.
 
 import torch
 
-from utils import V_MAX, V_MIN, to_device
+from system.devices import to_device
+from utils import V_MAX, V_MIN
 from waves.acquisition import ricker
 
 N_FFT = 2048  # for 1000 samples, so that filters do not wrap around

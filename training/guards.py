@@ -9,7 +9,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from utils import SIGPIPE, HostCopy, StopSignals, append_json, drop_output, say_on_stderr
+from system.devices import HostCopy
+from system.files import append_json
+from utils import SIGPIPE, StopSignals, drop_output, say_on_stderr
 
 
 class BadSteps:

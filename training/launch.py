@@ -8,8 +8,8 @@ import torch
 
 from model import check_model
 from openfwi.files import check_folder
+from system.files import check_writable
 from training.loss import parse_family_weights
-from utils import check_writable
 
 
 def adapted(cfg):

@@ -17,9 +17,10 @@ from openfwi.files import read_into
 from openfwi.modes import MODE_SHAPES
 from openfwi.npy import MAP_SHAPE
 from synthetic.dataset import write_dataset
+from system.devices import to_device
 from training.augment import is_on
 from training.sampler import TrainBatches
-from utils import FAMILIES, to_device
+from utils import FAMILIES
 
 MAX_REPLACEMENTS = 100  # tries to find a readable sample in place of a bad one
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openfwi.modes import preprocess
 from openfwi.npy import GATHER_SHAPE
 from report.figures import prediction_figure
-from utils import append_json, read_lines, write_atomic, write_json
+from system.files import append_json, read_lines, write_atomic, write_json
 
 PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)
     "H200": (67, 495, 989),

@@ -28,7 +28,9 @@ import torch
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_shape, read_header
 from synthetic.maps import make_maps
 from synthetic.vary import FileMaps, vary
-from utils import FAMILIES, check_writable, to_device, write_atomic
+from system.devices import to_device
+from system.files import check_writable, write_atomic
+from utils import FAMILIES
 from waves.equation import simulate
 
 SIX_SOURCES = (0, 17, 34, 35, 52, 69)  # the survey's five, and the centre one's mirror image

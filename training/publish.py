@@ -20,7 +20,8 @@ from networks.checkpoints import averaged_weights, load_checkpoint
 from networks.weights import load_weights
 from options.command_line import parse_options
 from options.fields import Options, Section
-from utils import read_lines, run_program, write_atomic, write_json
+from system.files import read_lines, write_atomic, write_json
+from utils import run_program
 
 PUBLISH = Section("publish", "weights to share")
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from cfg import TRAINING, Config, fields_that_decide
 from networks.checkpoints import is_weights, read_checkpoint
+from system.files import read_lines
 from training.runs import launch_line, run_folders
-from utils import read_lines
 
 STATE = {  # what a checkpoint of a run holds, and its type
     "model": dict,

@@ -19,7 +19,7 @@ from model import build_model
 from networks.checkpoints import averaged_weights, load_checkpoint, save_checkpoint
 from networks.weights import load_weights
 from openfwi.modes import preprocess
-from utils import write_atomic, write_json
+from system.files import write_atomic, write_json
 
 
 def start_run(cfg, process):

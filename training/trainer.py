@@ -14,10 +14,10 @@ from model import EXTRAS, build_model, extra_loss
 from networks.checkpoints import averaged_weights, load_checkpoint
 from networks.weights import load_weights
 from openfwi.modes import preprocess
+from system.devices import AUTOCAST, pick_precision, to_device
 from training.augment import augment, draw, is_on
 from training.loss import parse_family_weights, sample_losses
 from training.optim import Schedule, build_optimizer, load_state
-from utils import AUTOCAST, pick_precision, to_device
 
 PROGRESS = ("step", "validated", "best_mae", "since_best", "best_saved_mae")
 

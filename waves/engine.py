@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import to_device
+from system.devices import to_device
 from waves.cpu import compiled, run_cpp
 from waves.passes import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT, warn_once
 from waves.plain import run_torch

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from utils import to_device
+from system.devices import to_device
 from waves.acquisition import OPENFWI, ricker
 from waves.engine import Checkpoints, Job
 

@@ -1,0 +1,172 @@
+"""Files and folders: written whole or not at all, kept by one program at a time."""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no file locks
+    fcntl = None
+
+PART = ".part"  # of a hidden file that is being written
+
+
+def check_writable(folder):
+    """Raise ValueError unless `folder`, there or not yet, may be written to; makes nothing."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written, {there} is no writable folder; give another path")
+
+
+@contextlib.contextmanager
+def write_atomic(path, mode="wb"):
+    """Yield an open file that becomes `path`, on disk and whole, when the block ends well.
+
+    Mode "w" is UTF-8 text. Until then the bytes lie beside `path` in a hidden file with a random name, made
+    exclusively, so that no link planted there is followed and two writers never share one; the last to end
+    wins. Its writer holds a lock on it: what a killed one left behind is removed by the next to write there.
+    A link at `path` is replaced, not followed. Raises OSError that names `path`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder or a device, expected a file", str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_parts(path.parent.resolve())
+        part, file = _make_part(path, mode)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()  # Windows renames closed files only
+                os.replace(part, path)  # still locked, so that nobody takes it for a leftover
+                _sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).endswith(PART):
+            raise  # it names another file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _make_part(path, mode):
+    """Make and lock a file beside `path` under a name that nobody can foresee: (its path, the open file)."""
+    while True:
+        # a part of the name tells people what it is; the whole could be too long for one
+        part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{PART}")
+        with contextlib.suppress(FileExistsError):
+            file = open(part, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+            # between its making and its locking it could be taken for a leftover: then make another
+            if _lock(file) and os.fstat(file.fileno()).st_nlink:
+                return part, file
+            file.close()
+
+
+def _lock(file):
+    """Whether we hold the file's lock now; where there are no locks, we do."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # this file system, or Windows, has none
+        return True
+    return True
+
+
+@functools.cache  # once a folder and program: a folder may hold very many files
+def sweep_parts(folder):
+    """Remove what killed writers left in a folder."""
+    for part in folder.glob(f".*{PART}"):
+        if not re.fullmatch(rf"\..+\.[0-9a-f]{{16}}{PART}", part.name) or part.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # that of a living writer, or of another user
+            if fcntl is None:
+                part.unlink()  # Windows removes no file that is open
+                continue
+            with open(part, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def _sync_folder(folder):
+    """Bring a rename to the disk; not every file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_use(folder, patience_s=5.0):
+    """Keep `folder`, made where missing, for this process; ValueError tells who else is writing there.
+
+    The lock ends with the process, however it ends. Another's is waited for a little: it may be dying.
+    """
+    path = Path(folder) / ".lock"
+    deadline = time.monotonic() + patience_s
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            while not _lock(file):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = " ".join(file.read(200).split()) or "another process"
+                    raise ValueError(
+                        f"{folder}: in use by {holder}; wait for its end, or give another folder"
+                    )
+                time.sleep(0.1)
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # its last user ended well and removed it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+            return
+
+
+def sha256(path):
+    """SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_lines(path):
+    """The lines of a text file, none where it is missing; what is not UTF-8 is replaced."""
+    path = Path(path)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def write_json(path, values):
+    """Write values to a .json file, whole or not at all."""
+    with write_atomic(path, "w") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+
+
+def append_json(path, record):
+    """Append one line to a .jsonl file; OSError names it. A line that was cut short is ended first."""
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            line = start + json.dumps(record).encode() + b"\n"
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
