@@ -17,9 +17,9 @@ from options.fields import Options, Section
 from system.devices import pick_device
 from system.files import write_json
 from waves.cpu import compiled
-from waves.engine import windows_of
 from waves.passes import BLOCK, MARGIN
 from waves.reference import reference_simulate
+from waves.windows import windows_of
 
 
 def deepwave_simulate(vel, acquisition=waves.OPENFWI):

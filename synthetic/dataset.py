@@ -1,73 +1,37 @@
 """Data sets in OpenFWI's layout, from velocity maps that are made, varied or given."""
 
-import contextlib
 import hashlib
-import io
-import json
 import math
-import os
 import re
-import shutil
 import zipfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.lib.npyio import NpzFile
 
-import waves
 from openfwi.find import VEL_NAME, family_of, find_files
 from openfwi.npy import MAP_SHAPE, check_array
 from parallel.processes import Process
-from parallel.work import (
-    Bar,
-    check_same,
-    check_shared,
-    code_version,
-    handed_out,
-    made_on_all,
-    on_all,
-    wait_for_all,
-)
+from parallel.work import made_on_all
+from synthetic.file_pairs import FilePair, write_pairs
 from synthetic.layers import N_CELLS
 from synthetic.maps import FAULT_LAYERS, make_maps
 from synthetic.vary import FileMaps, vary
 from system.devices import pick_device
-from system.files import sha256, sole_use, write_atomic, write_json
 from utils import FAMILIES, check_family
 
-N_SAMPLES = 1000  # time samples of 1 ms
-
-BATCH = 8  # maps simulated together; fixed, since float results may depend on it
-
 MAX_FILES = 10**4  # of a family; OpenFWI has at most 134
-
-CHECKSUMS = "checksums.json"  # in --out, with the checksum of every finished file
-
 SANE_M_S = (1000.0, 5500.0)  # a little above, the scheme is unstable; far below 1500 m/s it disperses
 
 # ---------------------------------------------------------------- file pairs
-
-
-@dataclass(frozen=True)
-class Job:
-    """A file pair to write: `n` maps, which `maps()` makes when they are needed."""
-
-    seis: Path
-    vel: Path
-    n: int
-    maps: Callable
 
 
 def _vel_pair(folder, number):
     return folder / "data" / f"data{number}.npy", folder / "model" / f"model{number}.npy"
 
 
-def _family_jobs(out, family, n, per_file, seed):
+def family_pairs(out, family, n, per_file, seed):
     """The file pairs of a family, as equal in size as possible.
 
     Fault files take the numbers of layers K in turn. There are at least min(3, n) files, so that every K
@@ -75,14 +39,14 @@ def _family_jobs(out, family, n, per_file, seed):
     """
     kinds = FAULT_LAYERS[family[-1]] if "Fault" in family else (None,)
     n_files = max(math.ceil(n / per_file), min(len(kinds), n))
-    jobs = []
+    pairs = []
     for j in range(n_files):
         start, stop = n * j // n_files, n * (j + 1) // n_files
         pair = _vel_pair(out / family, j + 1)
         if k := kinds[j % len(kinds)]:
             pair = [out / family / f"{what}{k}_1_{j // len(kinds)}.npy" for what in ("seis", "vel")]
-        jobs.append(Job(*pair, stop - start, partial(make_maps, family, stop - start, seed, start, k)))
-    return jobs
+        pairs.append(FilePair(*pair, stop - start, partial(make_maps, family, stop - start, seed, start, k)))
+    return pairs
 
 
 def check_maps(maps, name):
@@ -98,7 +62,7 @@ def check_maps(maps, name):
     return maps.reshape(-1, 1, N_CELLS, N_CELLS).astype(np.float32)
 
 
-def _given_jobs(folder, path, keys, n_per_file, per_file):
+def given_pairs(folder, path, keys, n_per_file, per_file):
     """File pairs of given maps: a .npy in files of `per_file`, a key model{k} of an .npz as data{k}.npy."""
     try:
         source = np.load(path, allow_pickle=False)
@@ -110,18 +74,18 @@ def _given_jobs(folder, path, keys, n_per_file, per_file):
     if named is None:
         maps = check_maps(source, path)[:n_per_file]
         named = {f"model{i // per_file + 1}": maps[i : i + per_file] for i in range(0, len(maps), per_file)}
-    jobs = []
+    pairs = []
     for key in keys or named:
         if key not in named or not re.fullmatch(r"model\d+", key):
             raise ValueError(
                 f"{path}: no maps {key!r}; it holds {', '.join(named)}, wanted are model{{number}}"
             )
         maps = check_maps(named[key], f"{path}, {key}")[:n_per_file]
-        jobs.append(Job(*_vel_pair(folder, key[5:]), len(maps), partial(np.copy, maps)))
-    return jobs
+        pairs.append(FilePair(*_vel_pair(folder, key[5:]), len(maps), partial(np.copy, maps)))
+    return pairs
 
 
-def _varied_jobs(out, root, families, n, per_file, seed):
+def varied_pairs(out, root, families, n, per_file, seed):
     """File pairs of variations of the velocity maps under `root`, and a digest of these maps."""
     sources, digest = {}, hashlib.sha256()
     for path in find_files(root, VEL_NAME):
@@ -131,175 +95,17 @@ def _varied_jobs(out, root, families, n, per_file, seed):
             sources.setdefault(family, []).append((maps, np.arange(len(maps))))
     if not sources:
         raise ValueError(f"{root}: no velocity files (model{{N}}.npy, vel{{K}}_1_{{M}}.npy) below it to vary")
-    jobs, n_files = {}, math.ceil(n / per_file)
+    pairs, n_files = {}, math.ceil(n / per_file)
     for family, files in sources.items():
         spans = [(n * j // n_files, n * (j + 1) // n_files) for j in range(n_files)]
-        jobs[family] = [
-            Job(*_vel_pair(out / family, j + 1), b - a, partial(vary, FileMaps(files), b - a, seed, a))
+        pairs[family] = [
+            FilePair(*_vel_pair(out / family, j + 1), b - a, partial(vary, FileMaps(files), b - a, seed, a))
             for j, (a, b) in enumerate(spans)
         ]
-    return jobs, digest.hexdigest()[:16]
+    return pairs, digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- writing
-
-
-def _part(path):
-    return path.with_name(path.name + ".part")  # which loaders ignore
-
-
-def _claim(out, jobs, todo, options):
-    """Note the options of each family in out/synth.json.
-
-    jobs: {family: list of Job}; todo: unfinished ones. Raises ValueError if other files are in the way, if
-    the family was begun with other options, and if there is no room.
-    """
-    record = out / "synth.json"
-    known = _read_json(record)
-    for family, group in jobs.items():
-        was = known.get(family)
-        taken = [p for j in group for p in (j.seis, j.vel, _part(j.seis)) if p.exists()]
-        if was is None and taken:
-            raise ValueError(f"{taken[0]}: there already, not from synth.py; choose another --out")
-        names = sorted({*options, *was}) if was else ()
-        if all(j not in todo for j in group):
-            names = [k for k in names if k != "device"]  # of finished files the device does not matter
-        pairs = [(k, was.get(k), options.get(k)) for k in names]
-        differs = [f"{k} was {old}, now {new}" for k, old, new in pairs if old != new]
-        if differs:
-            raise ValueError(
-                f"{out}: {family} was begun otherwise ({'; '.join(differs)}); use the same options or "
-                f"another --out, or delete {out / family} and its entry in {record.name}"
-            )
-    map_bytes = 5 * N_SAMPLES * N_CELLS * np.dtype(options["dtype"]).itemsize + 4 * N_CELLS**2
-    need = sum(j.n for j in todo) * map_bytes
-    need -= sum(_part(j.seis).stat().st_size for j in todo if _part(j.seis).exists())
-    if need > (free := shutil.disk_usage(out).free):
-        sizes = f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} free"
-        raise ValueError(f"{out}: {sizes}; fewer maps or --dtype=float16")
-    known = dict.fromkeys(jobs, options) | known
-    with write_atomic(record, "w") as file:
-        file.write(json.dumps(known, indent=1))
-
-
-def _write_pair(job, dtype, device, bar):
-    """Simulate and write a pair, continuing where a stopped run ended; returns the files' checksums.
-
-    The caller gives the seismic file its final name last, so that a seismic file always has its velocity
-    file. Each batch has a fixed place in the file: on a file system without locks, two writers write the same
-    bytes.
-    """
-    job.seis.parent.mkdir(parents=True, exist_ok=True)
-    job.vel.parent.mkdir(parents=True, exist_ok=True)
-    vel, header = job.maps(), io.BytesIO()
-    shape = (job.n, len(waves.SOURCES), N_SAMPLES, N_CELLS)
-    layout = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, layout)
-    map_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-    part = _part(job.seis)
-    part.touch()
-    with open(part, "r+b") as file, ThreadPoolExecutor(1) as disk:
-        # the last batch is made again: after a power cut its length may be right but not its numbers
-        n_bytes = min(os.fstat(file.fileno()).st_size, header.tell() + job.n * map_bytes)
-        done = max((n_bytes - header.tell()) // (BATCH * map_bytes) - 1, 0) * BATCH
-        file.truncate(header.tell() + done * map_bytes)
-        file.write(header.getvalue())
-        file.seek(header.tell() + done * map_bytes)
-        bar.update(done)
-        bar.initial += done  # the rate shown is that of this run
-        synced = None
-        for start in range(done, job.n, BATCH):
-            batch = torch.from_numpy(vel[start : start + BATCH]).to(device)
-            with torch.no_grad():
-                seis = waves.simulate(batch, n_samples=N_SAMPLES)
-            content = seis.cpu().numpy().astype(dtype).tobytes()
-            if synced:  # while this batch was simulated: a power cut spoils the last batch at most
-                synced.result()
-            file.write(content)
-            file.flush()
-            synced = disk.submit(os.fsync, file.fileno())
-            bar.update(len(batch))
-        synced.result()
-    with write_atomic(job.vel) as file:
-        np.save(file, vel)
-    n_bytes, expected = part.stat().st_size, header.tell() + job.n * map_bytes
-    if n_bytes != expected:
-        raise ValueError(f"{part}: {n_bytes} bytes, expected {expected}: another program wrote it; delete it")
-    return {job.vel: sha256(job.vel), job.seis: sha256(part)}
-
-
-def _read_json(path):
-    """The JSON object in a file, {} if there is no file. Raises ValueError for a damaged one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore it, or choose another --out") from None
-    return found
-
-
-def _check_finished(out, jobs):
-    """Raise ValueError for a finished file that has changed since it was written."""
-    sums = _read_json(out / CHECKSUMS)
-    for path in (path for job in jobs for path in (job.vel, job.seis)):
-        expected = sums.get(path.relative_to(out).as_posix())
-        if expected and sha256(path) != expected:
-            raise ValueError(
-                f"{path}: changed since it was written, by its checksum; delete it and it is made again"
-            )
-
-
-def _join_checksums(out, jobs):
-    """Join the checksums that processes have written, each in its own files, in the order of `jobs`."""
-    found, apart = {}, sorted(out.glob("checksums-*.json"))
-    for path in apart:
-        found |= _read_json(path)
-    if found:
-        names = [path.relative_to(out).as_posix() for job in jobs for path in (job.vel, job.seis)]
-        known = _read_json(out / CHECKSUMS) | found
-        sums = {name: digest for name, digest in known.items() if name not in set(names)}
-        sums |= {name: known[name] for name in names if name in known}
-        with write_atomic(out / CHECKSUMS, "w") as file:
-            file.write(json.dumps(sums, indent=1))
-    for path in apart:
-        path.unlink()
-
-
-def _write_jobs(out, jobs, options, process):
-    """Write every file pair that is not finished; jobs: {family: list of Job}. All processes take pairs.
-
-    Raises ValueError if another command is writing into `out`, or if processes differ in code, options, given
-    maps or the folder that they see.
-    """
-    jobs_in_order = [job for group in jobs.values() for job in group]
-    check_same(process, {"code": code_version(), "options": options, "files": len(jobs_in_order)})
-    with contextlib.ExitStack() as held:
-
-        def prepare():
-            if not process.is_main:
-                return None
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(sole_use(out))
-            _join_checksums(out, jobs_in_order)
-            todo = [k for k, j in enumerate(jobs_in_order) if not (j.seis.exists() and j.vel.exists())]
-            _claim(out, jobs, [jobs_in_order[k] for k in todo], options)
-            _check_finished(out, [job for k, job in enumerate(jobs_in_order) if k not in set(todo)])
-            return todo
-
-        todo = on_all(process, prepare)[0]
-        start = check_shared(process, out)
-        n = sum(jobs_in_order[k].n for k in todo)
-        with Bar(process, "synth", total=n, unit=" maps", desc="simulating", disable=not todo) as bar:
-            for k in handed_out(process, "synth", todo):
-                job = jobs_in_order[k]
-                made = _write_pair(job, options["dtype"], process.device, bar)
-                names = {path.relative_to(out).as_posix(): digest for path, digest in made.items()}
-                write_json(out / f"checksums-{start}-{k}.json", names)
-                if process.world == 1:
-                    _join_checksums(out, jobs_in_order)
-                os.replace(_part(job.seis), job.seis)
-            wait_for_all(process, bar.update)
-        if process.is_main:
-            _join_checksums(out, jobs_in_order)
 
 
 def _checked_sizes(n_per_family, per_file, seed):
@@ -328,10 +134,10 @@ def write_dataset(
 
     def make():
         sizes = _checked_sizes(n_per_family, per_file, seed)
-        return sizes, {f: _family_jobs(out, check_family(f), n_per_family, per_file, seed) for f in families}
+        return sizes, {f: family_pairs(out, check_family(f), n_per_family, per_file, seed) for f in families}
 
-    sizes, jobs = made_on_all(process, make)
-    _write_jobs(out, jobs, sizes | {"dtype": dtype, "device": process.device.type}, process)
+    sizes, pairs = made_on_all(process, make)
+    write_pairs(out, pairs, sizes | {"dtype": dtype, "device": process.device.type}, process)
 
 
 def write_given(
@@ -361,12 +167,12 @@ def write_given(
         if per_file < 1 or (n_per_file is not None and n_per_file < 1):
             raise ValueError(f"per_file = {per_file}, n_per_file = {n_per_file}; expected at least 1")
         name = check_family(family or path.stem)
-        return {name: _given_jobs(out / name, path, keys, n_per_file, per_file)}
+        return {name: given_pairs(out / name, path, keys, n_per_file, per_file)}
 
-    jobs = made_on_all(process, make)
+    pairs = made_on_all(process, make)
     options = {"maps_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "per_file": per_file}
     options |= {"keys": list(keys), "n_per_file": n_per_file, "dtype": dtype}
-    _write_jobs(out, jobs, options | {"device": process.device.type}, process)
+    write_pairs(out, pairs, options | {"device": process.device.type}, process)
 
 
 def write_varied(
@@ -381,8 +187,8 @@ def write_varied(
 
     def make():
         sizes = _checked_sizes(n_per_family, per_file, seed)
-        return sizes, *_varied_jobs(Path(out), root, families, n_per_family, per_file, seed)
+        return sizes, *varied_pairs(Path(out), root, families, n_per_family, per_file, seed)
 
-    sizes, jobs, digest = made_on_all(process, make)
+    sizes, pairs, digest = made_on_all(process, make)
     options = sizes | {"varied_sha256": digest, "dtype": dtype, "device": process.device.type}
-    _write_jobs(Path(out), jobs, options, process)
+    write_pairs(Path(out), pairs, options, process)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -25,8 +26,10 @@ from openfwi.files import find_pairs
 from parallel.processes import Process
 from synthetic.maps import make_maps
 from synthetic.vary import vary
-from training import online as module
-from training.online import N_MAPS, N_PAIRS, Cached, Lanes, Online, Simulated, exact_pairs, make_plan
+from training import chunks as chunks_module
+from training import online as online_module
+from training.chunks import N_MAPS, N_PAIRS, Plan, exact_pairs, make_plan
+from training.online import Cached, Lanes, Online, Simulated
 from utils import FAMILIES, mirror_survey
 from waves.equation import simulate
 
@@ -140,12 +143,12 @@ def test_a_cache_outlives_edits_that_change_no_map_and_no_others(files, cache, m
         with monkeypatch.context() as patch:
             # the same function written elsewhere, then one whose result differs
             patch.setattr(
-                module, name, lambda *args, function=function, **options: function(*args, **options)
+                chunks_module, name, lambda *args, function=function, **options: function(*args, **options)
             )
             assert plan.key() == key
-            patch.setattr(module, name, lambda *args, f=function, **options: f(*args) + 1)
+            patch.setattr(chunks_module, name, lambda *args, f=function, **options: f(*args) + 1)
             assert plan.key() != key
-    monkeypatch.setattr(module, "CHUNKS_VERSION", module.CHUNKS_VERSION + 1)
+    monkeypatch.setattr(chunks_module, "CHUNKS_VERSION", chunks_module.CHUNKS_VERSION + 1)
     assert plan.key() != key
 
 
@@ -367,9 +370,9 @@ def test_a_failure_in_the_simulating_process_or_thread_reaches_the_run(files, tm
             made.sample(0, 0, 0)
     made.close()
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(module.Plan, "key", lambda self: folder)
+    monkey.setattr(Plan, "key", lambda self: folder)
     lanes = Lanes(0.5, 4, 2)
-    chunks = module.functools.partial(lanes.chunks, (0, 1), range(8))
+    chunks = functools.partial(lanes.chunks, (0, 1), range(8))
     made = Cached(plan, chunks, tmp_path / "cache", 1, 2)
     with pytest.raises(ChildProcessError, match=r"exit codes \[2\]"):
         made.sample(0, 0, 0)
@@ -384,7 +387,7 @@ def test_what_cannot_work_is_refused_before_training(files, tmp_path, monkeypatc
     refuses(train.main, *base, "--online_workers=0", words=["--online_workers=0: expected a positive number"])
     room = namedtuple("usage", "free")(1_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "disk_usage", lambda path: room)
+        patch.setattr(online_module.shutil, "disk_usage", lambda path: room)
         refuses(train.main, *base, words=["needs 0.0 GB, 0.0 free; lower --online_pairs"])
     pairs = [dataclasses.replace(pair, mode="small_72x72") for pair in find_pairs([files])]
     monkeypatch.setattr("training.loader.load_items", lambda cfg: (whole(pairs), whole(pairs)))

@@ -22,15 +22,15 @@ import synth
 import waves
 from benchmarks import map_statistics, realism
 from inversion.draw_faults import fit_to_guess, random_fault
-from synthetic import dataset, layers, style
+from synthetic import dataset, file_pairs, layers, style
 from utils import FAMILIES
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
 KILLED_AFTER = """
 import os, signal, sys, torch, synth, waves
-from synthetic import dataset
+from synthetic import file_pairs
 torch.set_num_threads(1)
-dataset.BATCH, left, simulate = 1, int(sys.argv[1]), waves.simulate
+file_pairs.BATCH, left, simulate = 1, int(sys.argv[1]), waves.simulate
 def counted(*args, **options):
     global left
     left -= 1
@@ -49,7 +49,7 @@ def stand_in(vel, n_samples):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    monkeypatch.setattr(dataset.waves, "simulate", stand_in)
+    monkeypatch.setattr(file_pairs.waves, "simulate", stand_in)
 
 
 # ---------------------------------------------------------------- maps
@@ -395,7 +395,7 @@ def test_files_are_those_numpy_would_write(tmp_path, cheap):
 
 
 def test_batches_do_not_change_what_is_written(tmp_path, cheap):
-    n = 2 * dataset.BATCH + 3  # the last batch is not full
+    n = 2 * file_pairs.BATCH + 3  # the last batch is not full
     dataset.write_dataset(tmp_path, ["Style_A"], n, seed=0)
     maps = synth.make_maps("Style_A", n, 0)
     np.testing.assert_array_equal(np.load(tmp_path / "Style_A/model/model1.npy"), maps)
@@ -421,8 +421,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
 
     assert write_three(broken, 2) == -signal.SIGKILL
     assert not [name for name in files(broken) if name.endswith(".npy")]  # no half pair in sight
-    assert write_three(broken, 1) == -signal.SIGKILL  # again: the first map is kept, the second made anew
-    assert write_three(broken, 2) == 0  # begun anew it would take three
+    assert write_three(broken, 1) == -signal.SIGKILL  # again: the first map is kept, the second made again
+    assert write_three(broken, 2) == 0  # starting again from nothing it would take three
     assert files(broken) == files(whole)
 
 
@@ -472,7 +472,7 @@ def test_a_finished_set_made_on_another_device_is_good_and_a_half_made_one_is_no
 def test_one_family_in_the_way_stops_all_before_any_is_noted(tmp_path, cheap):
     dataset.write_dataset(tmp_path, ["FlatVel_B"], 1, seed=0)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="FlatVel_B was begun otherwise"):
+    with pytest.raises(ValueError, match="FlatVel_B was begun with other options"):
         dataset.write_dataset(tmp_path, ["FlatVel_A", "FlatVel_B"], 2, seed=0)
     assert files(tmp_path) == before
     (tmp_path / "synth.json").write_text("{")
@@ -485,7 +485,7 @@ def test_files_of_others_are_never_touched(tmp_path, cheap, name):
     path = tmp_path / "FlatVel_A" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"theirs")
-    with pytest.raises(ValueError, match=f"{name}: there already, not from synth.py; choose another"):
+    with pytest.raises(ValueError, match=f"{name}: exists and is not from synth.py; choose another"):
         dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     assert files(tmp_path) == {f"FlatVel_A/{name}": b"theirs"}
 
@@ -499,18 +499,18 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path, cheap, 
         told.append(1)
         return stand_in(vel, n_samples)
 
-    monkeypatch.setattr(dataset.waves, "simulate", write_twice)
+    monkeypatch.setattr(file_pairs.waves, "simulate", write_twice)
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     assert told and not [name for name in files(tmp_path) if "lock" in name or "part" in name]
-    monkeypatch.setattr(dataset.waves, "simulate", stand_in)
+    monkeypatch.setattr(file_pairs.waves, "simulate", stand_in)
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the lock is free again
 
 
 def test_two_writers_without_locks_write_the_right_bytes_or_none(tmp_path, cheap, monkeypatch):
     """On a file system without locks another writer may be at work within each of our batches."""
-    n, alone = 2 * dataset.BATCH + 1, tmp_path / "alone"
+    n, alone = 2 * file_pairs.BATCH + 1, tmp_path / "alone"
     dataset.write_dataset(alone, ["FlatVel_A"], n, seed=0)
-    monkeypatch.setattr(dataset, "sole_use", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr(file_pairs, "sole_use", lambda folder: contextlib.nullcontext())
     out, part, calls = tmp_path / "out", tmp_path / "out/FlatVel_A/data/data1.npy.part", []
 
     def disturbed(vel, n_samples):
@@ -518,10 +518,10 @@ def test_two_writers_without_locks_write_the_right_bytes_or_none(tmp_path, cheap
         if len(calls) == 2:  # the other begins, writes a batch more than we, and is stopped
             content = (alone / "FlatVel_A/data/data1.npy").read_bytes()
             with open(part, "r+b") as file:
-                file.write(content[: 128 + 2 * dataset.BATCH * 1_400_000])
+                file.write(content[: 128 + 2 * file_pairs.BATCH * 1_400_000])
         return stand_in(vel, n_samples)
 
-    monkeypatch.setattr(dataset.waves, "simulate", disturbed)
+    monkeypatch.setattr(file_pairs.waves, "simulate", disturbed)
     dataset.write_dataset(out, ["FlatVel_A"], n, seed=0)
     assert files(out) == files(alone)
 
@@ -534,7 +534,7 @@ def test_a_finished_file_of_other_bytes_is_said(tmp_path, cheap, name):
     content[-1] ^= 1
     for spoilt in (bytes(content), bytes(content[:-4])):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match=f"{name}: changed since it was written"):
+        with pytest.raises(ValueError, match=f"{name}: its checksum is not the one"):
             dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
     path.unlink()
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the remedy works
@@ -557,12 +557,12 @@ def test_a_batch_goes_to_disk_while_the_next_is_simulated_and_before_that_is_wri
         sizes.append(os.fstat(descriptor).st_size)
         fsync(descriptor)
 
-    job = dataset._family_jobs(tmp_path, "FlatVel_A", n, n, seed=0)[0]
-    monkeypatch.setattr(dataset, "BATCH", 1)
-    monkeypatch.setattr(dataset.waves, "simulate", simulate)
+    pair = dataset.family_pairs(tmp_path, "FlatVel_A", n, n, seed=0)[0]
+    monkeypatch.setattr(file_pairs, "BATCH", 1)
+    monkeypatch.setattr(file_pairs.waves, "simulate", simulate)
     monkeypatch.setattr(os, "fsync", look)
     bar = types.SimpleNamespace(initial=0, update=lambda n: None)
-    dataset._write_pair(job, "float32", "cpu", bar)
+    file_pairs.write_pair(pair, "float32", "cpu", bar)
     assert sizes[:n] == [128 + k * 5 * 1000 * 70 * 4 for k in (1, 2, 3)]
 
 
@@ -576,12 +576,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     program.write_text(
         f"""import sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, synth
-from synthetic import dataset
+from synthetic import file_pairs
 from test_synth import stand_in
 def slow(vel, n_samples):
     time.sleep(0.1)
     return stand_in(vel, n_samples)
-dataset.waves.simulate, dataset.BATCH = slow, 1
+file_pairs.waves.simulate, file_pairs.BATCH = slow, 1
 print("ready", flush=True)
 synth.main(sys.argv[1:])
 """

@@ -18,6 +18,7 @@ from waves import cpu, engine, passes
 from waves.acquisition import OPENFWI, SOURCES, Acquisition
 from waves.equation import jacobian, simulate
 from waves.reference import reference_simulate
+from waves.windows import windows_of
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -127,7 +128,7 @@ def test_windows_hold_the_cells_on_a_path_from_source_to_receivers_and_little_el
 
     n_most = 0
     for source in acq.sources:
-        windows, bounds = engine.windows_of(acq, nz, nx, source, v_max, margin)
+        windows, bounds = windows_of(acq, nz, nx, source, v_max, margin)
         for block, (window, bound) in enumerate(zip(windows, bounds, strict=True)):
             begin, speed = block * passes.BLOCK, v_max * acq.dt_s / acq.dx_m
             from_source = distance(acq.source_row + acq.n_pad, *[source + acq.n_pad] * 2)

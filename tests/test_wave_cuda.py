@@ -37,8 +37,8 @@ import sys, torch
 sys.path[:0] = {paths!r}
 import waves
 from test_wave_cuda import assert_as_exact, outcomes, rough_maps
-from waves import cpu, cuda, engine
-engine.BLOCK = cpu.BLOCK = cuda.BLOCK = 4
+from waves import cpu, cuda, engine, windows
+engine.BLOCK = windows.BLOCK = cpu.BLOCK = cuda.BLOCK = 4
 survey = waves.Acquisition(sources=(1, 6), receivers=(7, 2), receiver_row=2, dt_s=5e-4, n_samples=9, n_pad=3)
 vels = [rough_maps(1, 5, 8, dtype=dtype) for dtype in (torch.float64, torch.float32)]
 on_cpu = [outcomes(vel, survey) for vel in (*vels, vels[1].double())]
