@@ -1,6 +1,6 @@
 """The time loop of engine.py on CUDA: one Triton launch per time step for all shots of a batch.
 
-Imported by engine.py where needed, since Triton exists only beside a CUDA build of PyTorch. The
+engine.py imports it only where needed, since Triton comes with CUDA builds of PyTorch alone. The
 arithmetic, the fields' layout and the modes are those of cpu.cpp; here wrapped indices reach the other side
 of the grid.
 """
@@ -14,6 +14,7 @@ import triton.language as tl
 from waves.passes import ADJOINT, BLOCK, MARGIN, PLAIN, STORE, TANGENT
 
 TILE_Z, TILE_X = 8, 64  # cells per program
+_PLAIN, _ADJOINT, _TANGENT = map(tl.constexpr, (PLAIN, ADJOINT, TANGENT))  # as kernels take constants
 
 
 @triton.jit
@@ -21,6 +22,19 @@ def _distance(x, first, last, n):
     """Cells from x to the nearest of first ... last on a ring of n cells, as a float."""
     direct, around = tl.maximum(first - x, x - last), tl.minimum(x + n - last, first + n - x)
     return tl.maximum(tl.minimum(direct, around), 0).to(tl.float32)
+
+
+@triton.jit
+def _ring(p, c, z, x, i: tl.constexpr, active, nz, nx, stride):
+    """The four cells i + 1 rows or columns away, each minus the cell `c` itself, added up."""
+    row = (z + 1) * stride
+    up = tl.where(z > i, z - i, z - i + nz) * stride
+    down = tl.where(z + i + 1 < nz, z + i + 2, z + i + 2 - nz) * stride
+    west = tl.where(x > i, x - i - 1, x - i - 1 + nx)
+    east = tl.where(x + i + 1 < nx, x + i + 1, x + i + 1 - nx)
+    vertical = (tl.load(p + up + x, active, 0) - c) + (tl.load(p + down + x, active, 0) - c)
+    horizontal = (tl.load(p + row + west, active, 0) - c) + (tl.load(p + row + east, active, 0) - c)
+    return vertical + horizontal
 
 
 @triton.jit(do_not_specialize=["n", "top", "left"])
@@ -74,26 +88,11 @@ def _step(
         return
     map_index = shot // n_sources
     field = (nz + 1) * stride
-    row, here = (z + 1) * stride, (z + 1) * stride + x
+    here = (z + 1) * stride + x
     p += shot * shot_stride
     c = tl.load(p + here, active, 0)
-    near, far = c * 0, c * 0
-    for i in tl.static_range(2):
-        up, down = (
-            tl.where(z > i, z - i, z - i + nz) * stride,
-            tl.where(z + i + 1 < nz, z + i + 2, z + i + 2 - nz) * stride,
-        )
-        west, east = (
-            tl.where(x > i, x - i - 1, x - i - 1 + nx),
-            tl.where(x + i + 1 < nx, x + i + 1, x + i + 1 - nx),
-        )
-        vertical = (tl.load(p + up + x, active, 0) - c) + (tl.load(p + down + x, active, 0) - c)
-        horizontal = (tl.load(p + row + west, active, 0) - c) + (tl.load(p + row + east, active, 0) - c)
-        if i == 0:
-            near = vertical + horizontal
-        else:
-            far = vertical + horizontal
-    laplacian = (16 * near - far) / 12
+    near = _ring(p, c, z, x, 0, active, nz, nx, stride)
+    laplacian = (16 * near - _ring(p, c, z, x, 1, active, nz, nx, stride)) / 12
     inside = (x >= pad) & (x < nx - pad)
     damping_x = tl.load(kappa_x + map_index * stride + x, x < nx, 0)
     kappa = tl.where(inside, tl.load(kappa_z + map_index * nz + z, z < nz, 0), damping_x)
@@ -103,13 +102,13 @@ def _step(
     at_source = active & (z == source_row) & (x == source_x)
     at_receiver = active & (z == receiver_row) & inside
     sample = shot * n_samples + n
-    if MODE == 2 or MODE == 3:
+    if MODE == _ADJOINT or MODE == _TANGENT:
         past += shot * past_stride + here
         oldest, older = tl.load(past, active, 0), tl.load(past + field, active, 0)
         diff = older - oldest
         alpha_lap = tl.load(past + 2 * field, active, 0) - older - (1 - kappa) * diff
         image += shot * field + here
-        if MODE == 2:
+        if MODE == _ADJOINT:
             tl.store(image, tl.load(image, active, 0) + c * alpha_lap, active)
             program = (shot * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
             tl.store(sums + program, tl.load(sums + program) + tl.sum(c * diff * kappa / a))
@@ -118,9 +117,9 @@ def _step(
             result += a * tl.load(gather + previous + x - pad + tl.zeros_like(here), at_receiver, 0)
         else:
             result += tl.load(image, active, 0) * alpha_lap - tl.load(sponge + shot) * kappa * diff
-    if MODE != 2:
+    if MODE != _ADJOINT:
         result += tl.where(at_source, tl.load(drive + sample), 0)
-    if MODE == 0 or MODE == 3:
+    if MODE == _PLAIN or MODE == _TANGENT:
         tl.store(gather + sample * (nx - 2 * pad) + x - pad + tl.zeros_like(here), result, at_receiver)
     tl.store(out + shot * shot_stride + here, result, active)
 
