@@ -91,22 +91,34 @@ def test_commands_are_accepted(page):
             pytest.fail(f"{page.name}: {program} {' '.join(words)}: {error}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_options_named_on_their_own_exist_and_take_their_values(page):
+def check_options_named_alone(text):
+    """Fail for an option that a text names outside of commands, unless it exists and takes its value."""
     declared = {field.name for field in dataclasses.fields(Config)}
     for options in (SynthOptions, PublishOptions, *(o for o, _ in bench.BENCHMARKS.values() if o)):
         declared |= {field.name for field in dataclasses.fields(options)}
     declared |= {"preset", "help", "verify", "pack", "nproc_per_node", "nnodes", "max_restarts"}
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
     for code in re.findall(r"`(--[^`\n]+)`", text):
         for word in code.split():
             name, equals, value = word.removeprefix("--").partition("=")
-            assert not word.startswith("--") or name in declared, f"{page.name}: {word}"
+            assert not word.startswith("--") or name in declared, word
             is_example = (
                 equals and not re.search(r"[A-Z]|…|\.\.\.", value) and name in (*vars(Config()), "preset")
             )
             if is_example:
                 parse([word])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_options_named_on_their_own_exist_and_take_their_values(page):
+    check_options_named_alone(page.read_text(encoding="utf-8"))
+
+
+def test_an_option_named_on_its_own_that_does_not_exist_or_takes_other_values_would_be_found():
+    with pytest.raises(AssertionError, match="--nothing"):
+        check_options_named_alone("Add `--nothing=1`.")
+    with pytest.raises(ValueError, match="--lr=fast: expected float"):
+        check_options_named_alone("Add `--lr=fast`.")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -84,7 +84,9 @@ def first(name, make):
 
 
 REFUSED = {
-    **{f"no {name}": (lambda state, name=name: state.pop(name), "") for name in NAMES if name != "samples"},
+    **{f"no {name}": (lambda state, name=name: state.pop(name), f"{name} is a NoneType, expected")
+       for name in NAMES if name not in ("optimizer", "samples")},
+    "no optimizer": (lambda state: state.pop("optimizer"), "holds weights only, expected all of a run"),
     **{f"{name} is None": (whole(**{name: None}), f"{name} is a NoneType, expected") for name in NAMES[:6]},
     "cfg is None": (whole(cfg=None), "cfg is a NoneType, expected dict"),
     "cfg is a list": (whole(cfg=[1]), "cfg is a list, expected dict"),

@@ -178,7 +178,8 @@ def test_norms_activations_and_drop_path_are_those_of_the_public_description():
     net = network()
     norms = [m for m in net.modules() if isinstance(m, nn.InstanceNorm2d)]
     assert norms and all(m.eps == 1e-5 and m.affine and not m.track_running_stats for m in norms)
-    assert all(m.approximate == "none" for m in net.modules() if isinstance(m, nn.GELU))
+    activations = [m for m in net.modules() if isinstance(m, nn.GELU)]
+    assert activations and all(m.approximate == "none" for m in activations)
     assert not any(isinstance(m, timm.layers.DropPath) for m in net.modules())
     norms = [m for m in network(**CAFORMER).modules() if isinstance(m, nn.LayerNorm)]
     assert norms and all(m.eps == 1e-6 for m in norms)  # timm's own

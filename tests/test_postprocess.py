@@ -120,9 +120,10 @@ def test_a_constant_map_stays(name):
 @pytest.mark.parametrize("name", ["flat_rows", "snap", "round", "clip"])
 def test_doing_it_twice_is_doing_it_once(name, rng):
     vel = layered() + 10 * torch.randn(1, 1, 70, 70, generator=rng)
+    vel[..., :2, :] = 1400  # below OpenFWI's range
     once = run_step(name, vel, ["FlatVel_A"])
     assert torch.equal(run_step(name, once, ["FlatVel_A"]), once)
-    assert name == "clip" or not torch.equal(once, vel)
+    assert not torch.equal(once, vel)
 
 
 def test_methods_of_no_strength_change_nothing(rng):

@@ -76,7 +76,7 @@ def test_a_blend_lies_between_its_maps():
 
 def test_a_fault_leaves_one_side_and_moves_the_other():
     z, _ = np.mgrid[:70, :70].astype(float)
-    field = 2000 + 100 * (z // 10)
+    field, n_seen = 2000 + 100 * (z // 10), 0
     for seed in range(20):
         got = module._fault(rng(seed), field, None)
         changed = (got != field).any(0)
@@ -84,7 +84,9 @@ def test_a_fault_leaves_one_side_and_moves_the_other():
         throws = {int(t) for t in range(-10, 11) if abs(t) >= 5}
         moved = got[:, 69] if changed[69] else got[:, 0]
         shifted = [np.array_equal(moved[15:55], field[15 + t : 55 + t, 0]) for t in throws]
-        assert any(shifted) or changed[[0, 69]].sum() == 0
+        assert any(shifted) or not changed[[0, 69]].any()  # a fault that leaves both edges cannot be judged
+        n_seen += any(shifted)
+    assert n_seen > 10
 
 
 def test_recolouring_gives_every_layer_a_new_velocity_in_the_old_order(layered):

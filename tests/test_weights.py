@@ -21,6 +21,7 @@ def test_the_weights_are_small_and_their_card_tells_where_they_come_from():
     assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 16 * MIB
     card = json.loads(path.with_suffix(".json").read_text())
     assert set(card["accuracy"]["maps"]) == set(FAMILIES)
+    assert card["stages"]
     assert all(stage["samples"] > 0 and stage["commit"] and stage["hours"] > 0 for stage in card["stages"])
     assert "=/" not in json.dumps(card)  # nobody else has those folders
 
