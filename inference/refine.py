@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from inversion.feedback import feedback
 from inversion.invert import expected_gain, invert, is_searched
 from parallel.work import Total
@@ -89,9 +91,10 @@ class Refiner:
         )  # by all processes; gathers being refined count with all they may take
 
     def forget_unfinished(self):
-        """Have gathers that had too little time, as the budget was spent, done again if there is more now."""
-        if self.minutes_left > 0:
-            self.results.forget(~self.results["refined"])
+        """Have gathers done again whose report is lost, or that had too little time, if there is more now."""
+        lost = np.ones(len(self.results), bool)
+        lost[[note["number"] for note in self.results.notes()]] = False
+        self.results.forget(lost | ~self.results["refined"] if self.minutes_left > 0 else lost)
 
     @property
     def minutes_left(self):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,27 @@ def not_written(path, error):
     )
 
 
+NOTES = "notes"  # ending of the file of all notes
+
+RECORDS = {"records": "with checksums"}  # tells files from those of older versions
+
+
+def checksum(number, record):
+    """A checksum of a record, but for its last field, and of its number; never 0."""
+    return zlib.crc32(record.tobytes()[: -record["checksum"].nbytes], int(number)) or 1
+
+
+def is_sound(number, record):
+    """Whether a record is complete and as it was put."""
+    return record["checksum"] == checksum(number, record)
+
+
 class Results:
     """A file with a record for each gather, whose fields are read by name and written once.
 
-    The last byte of a record says that it is complete, and is written together with it. Where several
-    processes share the work, each appends its records and notes to files of its own; rank 0 joins them.
+    Each record ends with a checksum of its number and fields; 0 = not done. A record that is damaged, or lies
+    in the place of another, counts as not done. Where several processes share the work, each appends its
+    records and notes to files of its own; rank 0 joins them.
     """
 
     def __init__(self, path, n, fields, part=""):
@@ -36,15 +54,20 @@ class Results:
         part: names the files that this process alone writes; "" if there is no other process.
         """
         self.path, self.n, self.part = Path(path), n, part
-        self.dtype = np.dtype([*fields, ("done", "u1")])
-        self.part_dtype = np.dtype([("number", "i8"), *fields, ("done", "u1")])
+        self.dtype = np.dtype([*fields, ("checksum", "u4")])
+        self.part_dtype = np.dtype([("number", "i8"), *self.dtype.descr])
 
     def make(self):
-        """Make the file if it is missing, with no record done, and open it."""
+        """Make the file if it is missing, with no record done, and open it; forgets damaged records."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             file.truncate(self.n * self.dtype.itemsize)  # the new part reads as zeros: nothing is done
-        return self.open()
+        damaged = self.open().done
+        damaged[damaged] = [not is_sound(i, self.records[i]) for i in np.flatnonzero(damaged).tolist()]
+        if damaged.any():
+            print(f"{self.path}: {damaged.sum()} records are damaged and will be made again")
+            self.forget(damaged)
+        return self
 
     def open(self):
         """Read what has been put and joined so far; returns self."""
@@ -59,18 +82,21 @@ class Results:
 
     @property
     def done(self):
-        """Which records are complete: (n,). Any other number than 1 comes of damage."""
-        return self.records["done"] == 1
+        """Which records are complete: (n,)."""
+        return self.records["checksum"] != 0
 
     def put(self, numbers, **fields):
         """Write the records `numbers`; the values of each field have a row for each number."""
-        records = np.zeros(len(numbers), self.part_dtype if self.part else self.dtype)
+        records = np.zeros(len(numbers), self.dtype)
         for name, values in fields.items():
             records[name] = values
-        records["done"] = 1
+        records["checksum"] = [checksum(number, r) for number, r in zip(numbers, records, strict=True)]
         if self.part:
-            records["number"] = numbers
-            self._append(records)
+            numbered = np.empty(len(numbers), self.part_dtype)
+            numbered["number"] = numbers
+            for name in self.dtype.names:
+                numbered[name] = records[name]
+            self._append(numbered)
         else:
             self._write(numbers, records)
 
@@ -95,13 +121,13 @@ class Results:
             n_bytes = path.stat().st_size if path.exists() else 0
             if n := n_bytes // self.part_dtype.itemsize:  # the last one may be cut short
                 records = np.memmap(path, self.part_dtype, "r", shape=(n,))
+                numbers, fields = records["number"], records[list(self.dtype.names)]
                 # a power cut may have kept the length of a file but not its numbers
-                inside = (0 <= records["number"]) & (records["number"] < self.n)
-                whole = np.flatnonzero(inside & (records["done"] == 1))
-                fields = records[list(self.dtype.names)]
-                self._write(records["number"][whole].tolist(), (fields[k] for k in whole))
+                inside = np.flatnonzero((0 <= numbers) & (numbers < self.n)).tolist()
+                sound = [k for k in inside if is_sound(numbers[k], fields[k].astype(self.dtype))]
+                self._write(numbers[sound].tolist(), (fields[k] for k in sound))
             if notes.exists():
-                with open(self._next_to("trace.jsonl"), "ab") as file:
+                with open(self._next_to(NOTES), "ab") as file:
                     file.write(notes.read_bytes())
             for done in (notes, path):
                 done.unlink(missing_ok=True)
@@ -134,19 +160,22 @@ class Results:
 
     def note(self, numbers, traces):
         """Keep a dictionary for JSON of each record. The last one noted for a number counts."""
-        name = f"{self.part}.notes" if self.part else "trace.jsonl"
-        with open(self._next_to(name), "a", encoding="utf-8") as file:
-            for number, trace in zip(numbers, traces, strict=True):
-                # a line break first, since the last line may have been cut short
-                file.write("\n" + json.dumps({"number": number, **trace}))
+        path = self._next_to(f"{self.part}.notes" if self.part else NOTES)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                for number, trace in zip(numbers, traces, strict=True):
+                    text = json.dumps({"number": number, **trace})
+                    # a line break first, since the last line may have been cut short
+                    file.write(f"\n{zlib.crc32(text.encode()):08x} {text}")
+        except OSError as error:
+            raise not_written(path, error) from None
 
     def notes(self):
-        """Every dictionary noted so far, in order, each with the "number" of its record."""
-        for line in dict.fromkeys(
-            read_lines(self._next_to("trace.jsonl"))
-        ):  # an interrupted `join` repeats some
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+        """Every dictionary noted so far, in order, each with the "number" of its record; no damaged ones."""
+        for line in dict.fromkeys(read_lines(self._next_to(NOTES))):  # an interrupted `join` repeats some
+            crc, _, text = line.partition(" ")
+            if crc == f"{zlib.crc32(text.encode()):08x}":
+                yield json.loads(text)
 
     def keep_steps(self, number, steps):
         """Keep the maps on the way to a result, [(what, (70, 70) map), ...]."""
@@ -156,10 +185,14 @@ class Results:
     def steps_of(self, number):
         """The steps kept for a record, or an empty list."""
         path = self._next_to(f"steps{number}.npz")
-        if not path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return [(name[4:], file[name]) for name in file]
+        except FileNotFoundError:
             return []
-        with np.load(path, allow_pickle=False) as file:
-            return [(name[4:], file[name]) for name in file]
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            print(f"{path}: damaged, these steps are not drawn ({error})")
+            return []
 
     def _next_to(self, name):
         """The path of this file with another ending."""
@@ -200,13 +233,19 @@ class Work:
         """Results kept under a name for a job, {what decides them: value}; another job's are removed.
 
         forget(results) is called on rank 0 before any process sees them, and may mark records as not done.
-        pause() is called while waiting for other processes, and may raise.
+        pause() is called while waiting for other processes, and may raise. Raises ValueError for results of
+        an older version, which cannot be checked.
         """
-        path = self.folder / f"{name}-{digest(job)}.bin"
+        path = self.folder / f"{name}-{digest(job | RECORDS)}.bin"
         part = self._part(self.process.rank) if self.process.world > 1 else ""
         results = Results(path, n, fields, part)
         if self.process.is_main:
             is_known = path.exists()
+            if not is_known and (old := self.folder / f"{name}-{digest(job)}.bin").exists():
+                raise ValueError(
+                    f"{old}: kept by an older version, without checksums; remove {self.folder} to "
+                    "predict all again, or go on with that version"
+                )
             for stale in () if is_known else self.folder.glob(f"{name}-*"):
                 if stale.suffix == ".bin":
                     print(f"{stale}: of other options or files; starting afresh")

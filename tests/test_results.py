@@ -50,18 +50,66 @@ def test_an_interrupted_inversion_of_flat_layers_goes_on_to_the_truth(run, pairs
     assert len(traces) == 2 and all(trace["misfits"]["rounded"] < 1e-5 for trace in traces)
 
 
-@pytest.mark.parametrize("byte", [0, 2, 91, 255])
-def test_records_that_are_damaged_are_not_done(tmp_path, byte):
-    results = Results(tmp_path / "network0-0.bin", 3, [("vel", "f4")])
-    results.make().put([0, 2], vel=[1.0, 3.0])
+FIELDS = [("vel", "f4", (3,)), ("family", "i1")]
+
+
+def three_records(folder):
+    """Results of which two of three records are done, and their file's bytes."""
+    results = Results(folder / "network0-0.bin", 3, FIELDS)
+    results.make().put([0, 2], vel=[[1.0] * 3, [3.0] * 3], family=[1, 2])
     assert results.open().done.tolist() == [True, False, True]
-    content = bytearray(results.path.read_bytes())
-    content[-5:] = bytes([byte] * 5)
+    return results, bytearray(results.path.read_bytes())
+
+
+@pytest.mark.parametrize("byte", range(17))
+def test_a_record_damaged_in_any_byte_is_not_done(tmp_path, byte, capsys):
+    results, content = three_records(tmp_path)
+    content[2 * 17 + byte] ^= 16
     results.path.write_bytes(content)
     assert results.make().done.tolist() == [True, False, False]
     assert results.todo([[0], [1], [2]]) == [[1], [2]]
-    results.path.write_bytes(bytes([byte] * 1000))
+    assert capsys.readouterr().out == f"{results.path}: 1 records are damaged and will be made again\n"
+
+
+@pytest.mark.parametrize("byte", [0, 1, 91, 255])
+def test_files_of_results_overwritten_by_one_byte_hold_none(tmp_path, byte):
+    results, content = three_records(tmp_path)
+    results.path.write_bytes(bytes([byte]) * len(content))
     assert not results.make().done.any() and len(results) == 3
+
+
+def test_a_record_in_the_place_of_another_is_not_done(tmp_path):
+    results, content = three_records(tmp_path)
+    results.path.write_bytes(content[34:] + content[17:34] + content[:17])
+    assert not results.make().done.any()
+
+
+def test_damaged_records_of_one_process_are_left_out_and_sound_ones_joined(tmp_path):
+    part = Results(tmp_path / "network0-0.bin", 3, FIELDS, part="one")
+    part.make()
+    for number in range(3):
+        part.put([number], vel=[[number] * 3], family=[0])
+    path = tmp_path / "network0-0.one.part"
+    content = bytearray(path.read_bytes())
+    content[25 + 10] ^= 1  # the second one's velocities
+    path.write_bytes(content)
+    joined = Results(part.path, 3, FIELDS).make().join()
+    assert joined.done.tolist() == [True, False, True] and joined["vel"][2].tolist() == [2.0] * 3
+    assert joined.make().done.tolist() == [True, False, True]
+
+
+def test_damaged_notes_are_left_out_and_damaged_steps_are_not_drawn(tmp_path, capsys):
+    results = Results(tmp_path / "final-0.bin", 3, FIELDS).make()
+    results.note([0, 1, 2], [{"seconds": k} for k in (10, 11, 12)])
+    path = tmp_path / "final-0.notes"
+    path.write_bytes(path.read_bytes().replace(b"11", b"71"))
+    assert [note["seconds"] for note in results.notes()] == [10, 12]
+    results.keep_steps(1, [("start", np.zeros((70, 70)))])
+    assert [what for what, _ in results.steps_of(1)] == ["start"] and results.steps_of(2) == []
+    path = tmp_path / "final-0.steps1.npz"
+    for content in (path.read_bytes()[:-40], path.read_bytes().replace(bytes(100), bytes([1]) * 100), b""):
+        path.write_bytes(content)
+        assert results.steps_of(1) == [] and "these steps are not drawn" in capsys.readouterr().out
 
 
 def test_records_of_a_process_that_are_numbered_outside_are_left_out(tmp_path):
@@ -114,6 +162,40 @@ def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, caps
 
 def stopping(*args):
     raise Stopped
+
+
+@pytest.mark.parametrize("kind", ["network0-*.bin", "final-*.bin", "final-*.notes"])
+def test_what_is_damaged_in_an_interrupted_runs_folder_is_made_again(run, tmp_path, monkeypatch, kind):
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_module, "write_outputs", stopping)
+        with pytest.raises(Stopped):
+            run(*OPTIONS)
+    path = next((tmp_path / "s.csv.work").glob(kind))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+    puts, put = [], Results.put
+    monkeypatch.setattr(
+        Results, "put", lambda self, *a, **f: (puts.append(self.path.name), put(self, *a, **f))
+    )
+    run(*OPTIONS)
+    assert len(puts) == 1 and puts[0].startswith(kind.partition("-")[0])
+    monkeypatch.undo()
+    run(*OPTIONS, name="whole.csv")
+    for end in (".csv", ".misfit.csv", ".trace.jsonl"):
+        assert (tmp_path / f"s{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+
+
+def test_results_of_an_older_version_are_refused_in_one_line(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("inference.results.RECORDS", {})
+        patch.setattr(infer_module, "write_outputs", stopping)
+        with pytest.raises(Stopped):
+            run()
+    kept = {path: path.read_bytes() for path in (tmp_path / "s.csv.work").glob("*.bin")}
+    with pytest.raises(ValueError, match="network0-.*kept by an older version, .*; remove .*s.csv.work to"):
+        run()
+    assert kept and all(path.read_bytes() == content for path, content in kept.items())
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(checkpoint, tmp_path, monkeypatch, capsys):
