@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from openfwi.files import check_values, find_pairs, same_maps
+from openfwi.files import check_values, find_pairs, first_map, is_copy
 from openfwi.npy import MAP_SHAPE
 from system.devices import to_device
 from utils import FAMILIES, check_family, mirror_survey
@@ -122,12 +122,11 @@ def load_items(cfg):
     val_pairs = good_pairs(cfg.val_root, cfg)
     trained_on = {}
     for pair in pairs:
-        trained_on.setdefault((pair.family, pair.seis.name.lower()), []).append(pair)
+        trained_on.setdefault(first_map(pair), []).append(pair)
     both = [
         pair.seis
         for pair in val_pairs
-        for other in trained_on.get((pair.family, pair.seis.name.lower()), ())
-        if same_maps(pair, other)
+        if any(is_copy(pair, other) for other in trained_on.get(first_map(pair), ()))
     ]
     if both:
         raise ValueError(

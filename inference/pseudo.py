@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from openfwi.find import ANY_NPY, find_files
 from openfwi.npy import GATHER_SHAPE
 from parallel.work import handed_out, on_all, wait_for_all
 from system.files import sole_use, write_atomic
@@ -17,8 +18,8 @@ PER_FILE = 500  # samples, as in OpenFWI
 
 def check_root(root):
     """Raise ValueError if a folder already holds .npy files: they would be taken for pseudo-labels."""
-    if found := next(Path(root).rglob("*.npy"), None):
-        raise ValueError(f"{root}: holds {found.name} already; give an empty folder by --pseudo=DIR")
+    if Path(root).exists() and (found := find_files(root, ANY_NPY)):
+        raise ValueError(f"{root}: holds {found[0].name} already; give an empty folder by --pseudo=DIR")
 
 
 def pair_paths(root, family, number):

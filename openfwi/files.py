@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openfwi.find import ANY_NPY, SEIS_NAME, family_of, find_files, say_unknown_names, velocity_of
+from openfwi.find import SEIS_NAME, family_of, find_npy, say_unused, velocity_of
 from openfwi.index import N_READERS, Index
 from openfwi.modes import MODE_SHAPES
 from openfwi.npy import MAP_SHAPE, NpyFile, check_finite, check_shape
@@ -54,7 +54,7 @@ def check_folder(root):
 
 
 def scan(roots, families=()):
-    """Find every file pair under `roots`, reading headers only: (pairs, problems with others, a line each).
+    """Find every file pair under `roots` from headers and first maps: (pairs, problems, a line each).
 
     A file that is found twice, through links or folders within each other, counts once, and so does a copy of
     it. Raises ValueError for missing or empty folders and unknown families.
@@ -64,8 +64,8 @@ def scan(roots, families=()):
     pairs, problems, seen = [], [], set()
     for root in roots:
         check_folder(root)
-        files = find_files(root, ANY_NPY, problems)
-        say_unknown_names(files)
+        files = find_npy(root, problems)
+        say_unused(files)
         files = [path for path in files if SEIS_NAME.fullmatch(path.name)]
         if not files and not problems:
             raise ValueError(
@@ -90,34 +90,47 @@ def scan(roots, families=()):
 
 
 def without_copies(pairs):
-    """The pairs, without those that hold the same maps as an earlier one of the same name and family.
+    """The pairs, without those that are copies of others, see `is_copy`; of two, the longer is kept.
 
     Copies, for example of the competition's files next to the whole set, could be both trained and validated
     on. How many are left out is printed.
     """
-    kept, copies, by_name = [], [], {}
-    for pair in pairs:
-        namesakes = by_name.setdefault((pair.family, pair.mode, pair.seis.name.lower()), [])
-        original = next((other for other in namesakes if same_maps(pair, other)), None)
-        if original:
-            copies.append((pair, original))
+    copies, by_first = {}, {}
+    for pair in sorted(pairs, key=lambda pair: -pair.n):  # of equal length, the first stays first
+        others = by_first.setdefault(first_map(pair), [])
+        if original := next((other for other in others if is_copy(pair, other)), None):
+            copies[pair] = original
         else:
-            namesakes.append(pair)
-            kept.append(pair)
+            others.append(pair)
     if copies:
-        pair, original = copies[0]
+        pair = next(pair for pair in pairs if pair in copies)
         what = "1 file is a copy" if len(copies) == 1 else f"{len(copies)} files are copies"
-        print(f"left out: {what} by its velocities, first: {pair.seis} of {original.seis}", flush=True)
-    return kept
+        print(f"left out: {what}, by the velocities, first: {pair.seis} of {copies[pair].seis}", flush=True)
+    return [pair for pair in pairs if pair not in copies]
 
 
-def same_maps(pair, other):
-    """Whether two pairs hold the same velocity maps in float16, since their precision may differ."""
-    if pair.n != other.n:
-        return False
+def first_map(pair):
+    """What all copies of a file have in common: family, mode and first velocity map."""
     try:
-        return all(np.array_equal(np.float16(pair.maps[i]), np.float16(other.maps[i])) for i in range(pair.n))
+        return pair.family, pair.mode, np.float16(pair.maps[0]).tobytes()
     except ValueError:  # no longer readable, which the check of values reports
+        return pair
+
+
+def is_copy(pair, other):
+    """Whether the shorter of two files repeats the beginning of the longer one, whose first map is the same.
+
+    Velocity maps are compared in float16, since their precision may differ; files of different names must
+    also have the same first gather.
+    """
+    n = min(pair.n, other.n)
+    try:
+        if pair.seis.name.lower() != other.seis.name.lower():
+            with np.errstate(over="ignore"):
+                if not np.array_equal(np.float16(pair.gathers[0]), np.float16(other.gathers[0])):
+                    return False
+        return all(np.array_equal(np.float16(pair.maps[i]), np.float16(other.maps[i])) for i in range(n))
+    except ValueError:
         return False
 
 
@@ -160,7 +173,7 @@ def manifest_above(path):
 
 
 def find_pairs(roots, families=(), skip_bad=False):
-    """Find and check every file pair under `roots`, reading headers only.
+    """Find and check every file pair under `roots`, reading headers and first maps only.
 
     Raises ValueError, which names the file, for missing or empty folders, seismic files without velocity
     files, shapes, dtypes and counts that do not fit, unknown families, and families that are asked for but

@@ -11,8 +11,10 @@ SEIS_NAME = re.compile(r"(data|seis)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.
 VEL_NAME = re.compile(r"(model|vel)(\d+|\d+_\d+_\d+)\.npy", re.IGNORECASE | re.ASCII)
 
 ANY_NPY = re.compile(r"[^.].*\.npy", re.IGNORECASE | re.ASCII | re.DOTALL)  # hidden files are ignored
+LIKE_NPY = re.compile(r"[^.].*\.np.*", re.IGNORECASE | re.ASCII | re.DOTALL)  # as .npz, .npy.gz, .npy.part
 
 VEL_PREFIX = {"data": "model", "seis": "vel"}
+SEIS_PREFIX = {vel: seis for seis, vel in VEL_PREFIX.items()}
 
 
 def family_in(path):
@@ -36,18 +38,20 @@ def find_files(root, pattern, problems=None):
     """Files below `root` whose names match the pattern, in natural order.
 
     Links are followed, but every folder is visited once; hidden folders are ignored. A folder that cannot be
-    read raises ValueError, or is added to `problems` if that is given.
+    read, or a link to one that is not there, raises ValueError, or is added to `problems` if that is given.
     """
     found, seen = [], set()
 
-    def unreadable(error):
-        problem = (
-            f"{error.filename}: folder cannot be read ({error.strerror}); "
-            "check its permissions, or move it elsewhere"
-        )
+    def report(problem):
         if problems is None:
             raise ValueError(problem)
         problems.append(problem)
+
+    def unreadable(error):
+        report(
+            f"{error.filename}: folder cannot be read ({error.strerror}); "
+            "check its permissions, or move it elsewhere"
+        )
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
@@ -62,9 +66,25 @@ def find_files(root, pattern, problems=None):
             folders.clear()
             continue
         seen.add(identity)
-        found += [os.path.join(folder, name) for name in names if pattern.fullmatch(name)]
+        for name in names:
+            path = os.path.join(folder, name)
+            if pattern.fullmatch(name):
+                found.append(path)
+            elif "." not in name and os.path.islink(path) and not os.path.exists(path):
+                report(
+                    f"{path}: a link to {os.readlink(path)}, which is not there; mount or bring back "
+                    "that folder, or remove the link"
+                )
     found.sort(key=lambda path: [int(w) if w.isdecimal() else w for w in re.split(r"([0-9]+)", path)])
     return [Path(path) for path in found]
+
+
+def find_npy(root, problems=None):
+    """The .npy files below `root`, as `find_files`; prints how many others may have been meant, as .npz."""
+    files = find_files(root, LIKE_NPY, problems)
+    found = [path for path in files if ANY_NPY.fullmatch(path.name)]
+    say_left_out([path for path in files if not ANY_NPY.fullmatch(path.name)], "not .npy", "file")
+    return found
 
 
 def velocity_name(seis_name):
@@ -98,11 +118,24 @@ def _entries(folder, name):
         return []
 
 
-def say_unknown_names(files):
-    """Print how many of these .npy files are named neither as gathers nor as velocity maps, if any."""
-    unknown = [
-        path for path in files if not (SEIS_NAME.fullmatch(path.name) or VEL_NAME.fullmatch(path.name))
-    ]
-    if unknown:
-        what = "1 .npy file is" if len(unknown) == 1 else f"{len(unknown)} .npy files are"
-        print(f"left out: {what} not named as data, first: {unknown[0]}", flush=True)
+def say_left_out(paths, why, what=".npy file"):
+    """Print how many files are left out, why, and the first of them, if there are any."""
+    if paths:
+        number = f"1 {what} is" if len(paths) == 1 else f"{len(paths)} {what}s are"
+        print(f"left out: {number} {why}, first: {paths[0]}", flush=True)
+
+
+def say_unused(files):
+    """Print how many of these .npy files are named neither as gathers nor as maps, or are maps alone."""
+    gathers = [path for path in files if SEIS_NAME.fullmatch(path.name)]
+    maps = [path for path in files if VEL_NAME.fullmatch(path.name)]
+    known = {*gathers, *maps}
+    say_left_out([path for path in files if path not in known], "not named as data")
+    places = {(folder, path.name.lower()) for path in gathers for folder in (path.parent, path.parent.parent)}
+
+    def is_alone(path):
+        prefix, numbers = VEL_NAME.fullmatch(path.name).groups()
+        name = f"{SEIS_PREFIX[prefix.lower()]}{numbers}.npy"
+        return not {(path.parent, name), (path.parent.parent, name)} & places
+
+    say_left_out([path for path in maps if is_alone(path)], "without gathers", "velocity file")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from openfwi.files import FULL_CHECK_GB, MAX_WHOLE_AMPLITUDE
-from openfwi.find import ANY_NPY, SEIS_NAME, VEL_NAME, family_in, find_files, velocity_name
+from openfwi.find import SEIS_NAME, VEL_NAME, family_in, find_npy, velocity_name
 from openfwi.index import SETTLED_NS
 from openfwi.npy import GATHER_SHAPE, MAP_SHAPE, check_array, check_finite, open_array
 
@@ -47,6 +47,14 @@ def check_id(oid, path):
         )
 
 
+def holds_gathers(path):
+    """Whether a .npy file has the shape of gathers."""
+    try:
+        return open_array(path).shape[-3:] == GATHER_SHAPE
+    except ValueError:
+        return False
+
+
 def find_gathers(root):
     """Every gather of a file or folder, in the order of names, with headers checked.
 
@@ -59,10 +67,10 @@ def find_gathers(root):
     open_array.cache_clear()  # files may have changed since an earlier call
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
-    files = [root] if root.is_file() else find_files(root, ANY_NPY)
+    files = [root] if root.is_file() else find_npy(root)
     gathers, seen = [], {}
     for path in files:
-        if root.is_dir() and VEL_NAME.fullmatch(path.name):
+        if root.is_dir() and VEL_NAME.fullmatch(path.name) and not holds_gathers(path):
             continue  # velocity maps next to their gathers
         file = check_array(path, [GATHER_SHAPE, (None, *GATHER_SHAPE)], "shot gathers")
         below = (path.relative_to(root) if root.is_dir() else Path(path.name)).with_suffix("").parts
@@ -92,7 +100,7 @@ def find_truths(root, gathers):
     if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder; give the true maps by --truth=DIR")
     by_name = {}
-    for path in find_files(root, ANY_NPY):
+    for path in find_npy(root):
         by_name.setdefault(path.name.lower(), []).append(path)
 
     @functools.cache

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_pair
 
+from cfg import Config
+from data import load_items
 from openfwi import files
 from openfwi.files import check_values, find_pairs, read_sample, scan
+from openfwi.gathers import find_gathers
 from openfwi.index import Index
 from openfwi.npy import check_array, is_finite, open_array, read_header
 
@@ -77,6 +80,33 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, capsys):
     assert "left out" in (out := capsys.readouterr().out) and "folder cannot be read" in out
 
 
+def test_a_link_to_a_folder_that_is_not_there_is_said(tmp_path, capsys):
+    write_pair(tmp_path, "FlatVel_A", n=1)
+    (tmp_path / "Style_B").symlink_to(tmp_path / "unmounted" / "Style_B")
+    (tmp_path / "readme.txt").symlink_to("gone.txt")  # no folder's name
+    with pytest.raises(ValueError, match="Style_B: a link to .*unmounted/Style_B, which is not there"):
+        find_pairs([tmp_path])
+    with pytest.raises(ValueError, match="which is not there"):
+        find_gathers(tmp_path)
+    assert len(find_pairs([tmp_path], skip_bad=True)) == 1
+    assert "left out" in capsys.readouterr().out
+
+
+def test_maps_without_gathers_and_files_like_npy_are_counted(tmp_path, capsys):
+    write_pair(tmp_path, "FlatVel_A", n=1)
+    for number, name in enumerate(("data2.npz", "data3.npy.gz", "data4.npy.part", "data5.npy "), 2):
+        seis, _ = write_pair(tmp_path, "FlatVel_A", number, n=1, seed=number)
+        os.rename(seis, seis.with_name(name))
+    assert len(find_pairs([tmp_path])) == 1
+    folder = tmp_path / "FlatVel_A"
+    assert capsys.readouterr().out.splitlines() == [
+        f"left out: 4 files are not .npy, first: {folder / 'data' / 'data2.npz'}",
+        f"left out: 4 velocity files are without gathers, first: {folder / 'model' / 'model2.npy'}",
+    ]
+    find_gathers(tmp_path)
+    assert "left out: 4 files are not .npy" in capsys.readouterr().out
+
+
 def test_names_are_read_without_regard_to_case_and_unknown_ones_are_counted(tmp_path, capsys):
     seis, vel = write_pair(tmp_path, "FlatVel_A", n=1)
     os.rename(seis, seis.with_name("DATA1.NPY"))
@@ -104,7 +134,23 @@ def test_a_copy_of_other_precision_is_dropped_and_a_namesake_of_other_maps_kept(
     pairs = find_pairs([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     assert [pair.seis.relative_to(tmp_path).parts[0] for pair in pairs] == ["a", "c"]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"left out: 1 file is a copy by its velocities, first: {tmp_path / 'b'}")
+    assert line.startswith(f"left out: 1 file is a copy, by the velocities, first: {tmp_path / 'b'}")
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(2)])
+def test_copies_under_another_number_or_of_a_part_are_dropped(tmp_path, capsys, part):
+    seis, vel = write_pair(tmp_path / "b", "FlatVel_A", n=3)
+    for path, folder, name in ((seis, "data", "data7.npy"), (vel, "model", "model7.npy")):
+        (tmp_path / "a" / "FlatVel_A" / folder).mkdir(parents=True)
+        np.save(tmp_path / "a" / "FlatVel_A" / folder / name, np.load(path)[part])
+    (pair,) = find_pairs([tmp_path])
+    assert pair.n == 3 and "left out: 1 file is a copy, by the velocities" in capsys.readouterr().out
+    gathers = np.load(seis)
+    np.save(seis, gathers + 1)  # other gathers of the same maps, as with noise
+    assert len(find_pairs([tmp_path])) == 2
+    np.save(seis, gathers)
+    with pytest.raises(ValueError, match="in both --data_root and --val_root"):
+        load_items(Config(data_root=(str(tmp_path / "a"),), val_root=(str(tmp_path / "b"),)))
 
 
 def test_maps_without_a_channel_and_whole_numbers_are_read_as_they_mean(tmp_path):

@@ -128,3 +128,10 @@ def test_no_file_stays_open(tmp_path):
     del kept
     batches = [GatherDataset(find_gathers(folder)).read_batch([i]) for i in range(70)]
     assert len(batches) == 70 and held() == 0
+
+
+def test_a_gather_named_as_a_velocity_map_is_a_gather(tmp_path, noise):
+    np.save(tmp_path / "vel2.npy", noise)
+    np.save(tmp_path / "model1.npy", np.full((3, 1, 70, 70), 2000.0))
+    (tmp_path / "model3.npy").write_text("damaged")
+    assert [gather.oid for gather in find_gathers(tmp_path)] == ["vel2"]
