@@ -13,6 +13,7 @@ import numpy as np
 
 from options.command_line import parse_options
 from options.fields import Options, Section, check_gpus
+from options.outputs import check_outside
 from parallel.launch import launch
 from parallel.processes import processes
 from report.figures import new_figure, save_figure
@@ -90,7 +91,7 @@ class SynthOptions(Options):
     device: str = SYNTH("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     gpus: str = SYNTH("auto", "CUDA cards, a process each: auto = all, or a number")
     threads: int = SYNTH(0, "CPU threads of each process; 0 = an equal share of the cores")
-    figure: str = SYNTH("", "draw a contact sheet of all families to this file", path=True)
+    figure: str = SYNTH("", "draw a contact sheet of all families to this .png", writes="picture")
     real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours", path=True)
 
     def __post_init__(self):
@@ -108,6 +109,7 @@ def main(argv):
         raise ValueError("--real goes with --figure=FILE.png")
     if args.out:
         check_sources(args, families)
+        check_outside("out", args.out, [args.vary] if args.vary else [])
         launch(args, __file__, argv)
     if args.figure and os.environ.get("RANK", "0") == "0":
         drawn = real_beside_synthetic(args.figure, args.real) if args.real else contact_sheet(args.figure)

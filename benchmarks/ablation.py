@@ -69,12 +69,12 @@ class AblationOptions(Options):
 
     train: str = ABLATION("", "folder with the training files; none = only report", path=True)
     test: str = ABLATION("", "folder with the test files", path=True)
-    results: str = ABLATION("ablation.jsonl", "file with a line for each finished run", path=True)
+    results: str = ABLATION("ablation.jsonl", "file with a line for each finished run", writes="JSON")
     group: str = ABLATION("main", "networks to compare: main, options", choices=("main", "options"))
     budget: float = ABLATION(120.0, "CPU seconds of training for each run", above=0)
     seeds: tuple = ABLATION((0, 1, 2), "a run of each network for each seed", items=int)
     n_test: int = ABLATION(100, "test maps of each family, evenly spaced", above=0)
-    figure: str = ABLATION("", "draw the figure into this .png", path=True)
+    figure: str = ABLATION("", "draw the figure into this .png", writes="picture")
 
 
 class Budget:

@@ -79,7 +79,7 @@ class AccuracyOptions(Options):
     ckpt: tuple = ACCURACY((), "checkpoints; none = the network in weights/", path=True)
     n_per_family: int = ACCURACY(0, "maps of each family; 0 = all real ones, 40 synthetic ones", most=10**6)
     device: str = ACCURACY("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    json: str = ACCURACY("", "file to write every number to", path=True)
+    json: str = ACCURACY("", "file to write every number to", writes="JSON")
 
 
 def measure(args):

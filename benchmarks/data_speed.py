@@ -114,7 +114,7 @@ class DataOptions(Options):
     cold: int = DATA(3, "turns with none of them in memory; 0 where a system cannot", most=10**4)
     folder: str = DATA("", "where to put the files; none = the system's temporary folder", path=True)
     soak: int = DATA(0, "> 0: instead read this many samples and watch the memory")
-    json: str = DATA("", "file to write every number to", path=True)
+    json: str = DATA("", "file to write every number to", writes="JSON")
 
 
 def bench_data(args):

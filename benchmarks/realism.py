@@ -7,7 +7,6 @@ recognise maps that are deliberately wrong. DIR holds `<Family>.npz` files of re
 synthetic.
 """
 
-import json
 import math
 import zlib
 from dataclasses import dataclass
@@ -20,14 +19,16 @@ from torch import nn
 
 from benchmarks.map_statistics import print_statistics
 from options.fields import Options, Section
+from options.outputs import check_replaces
 from report.figures import new_figure, save_figure
 from synthetic.maps import make_maps
-from system.files import write_atomic
+from system.files import write_json
 from utils import FAMILIES, V_MAX, V_MIN, check_family
 
 SYNTH_SEED = 1_234
 NOISE_M_S = 10.0  # hides the errors of the recovered `shapes` maps
 N_FOLDS = 5
+PICTURE, ANSWERS = "which_are_real.png", "key.json"  # in the folder of --figure
 SQUEEZE = 0.8  # the control's factor on depths: its layers are thinner than the family's
 
 
@@ -139,11 +140,10 @@ def draw_rows(rows, folder, n=8):
         for axis, (_, vel) in zip(line, maps, strict=False):
             axis.imshow(vel[0], vmin=V_MIN, vmax=V_MAX)
         line[0].set_title(family, fontsize=8, loc="left")
-    folder = Path(folder)
-    save_figure(figure, folder / "which_are_real.png", dpi=100)
-    with write_atomic(folder / "key.json", "w") as file:
-        json.dump(key, file, indent=1)
-    print(f"which are real? {folder}/which_are_real.png; the answers: {folder}/key.json")
+    picture, answers = Path(folder, PICTURE), Path(folder, ANSWERS)
+    save_figure(figure, picture, dpi=100)
+    write_json(answers, key)
+    print(f"which are real? {picture}; the answers: {answers}")
 
 
 REALISM = Section("realism", "a network trained to tell real maps from synthetic ones")
@@ -165,6 +165,9 @@ class RealismOptions(Options):
 def bench_realism(args):
     """Print the classifier's accuracy and control for each family, and statistics of both kinds of maps."""
     torch.set_num_threads(1)
+    if args.figure:
+        check_replaces(Path(args.figure, PICTURE), "picture")
+        check_replaces(Path(args.figure, ANSWERS), "JSON")
     families = FAMILIES if args.families in ((), ("all",)) else [check_family(f) for f in args.families]
     rows = {}
     for family in families:

@@ -32,7 +32,7 @@ class TrainSpeedOptions(Config):
 
     steps: int = TRAIN_SPEED(16, "steps a turn", above=0, most=10**4)
     repeats: int = TRAIN_SPEED(7, "turns", above=0, most=10**4)
-    json: str = TRAIN_SPEED("", "file to write every number to", path=True)
+    json: str = TRAIN_SPEED("", "file to write every number to", writes="JSON")
 
 
 def bench_train(argv):

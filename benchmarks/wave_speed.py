@@ -146,7 +146,7 @@ class WaveOptions(Options):
     threads: int = WAVE(0, "CPU threads; 0 = torch's default", most=4096)
     device: str = WAVE("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     soak: int = WAVE(0, "> 0: instead simulate this many maps in a loop and watch the memory")
-    json: str = WAVE("", "file to write every number to", path=True)
+    json: str = WAVE("", "file to write every number to", writes="JSON")
 
 
 def bench_wave(args):

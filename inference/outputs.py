@@ -12,12 +12,19 @@ from inference.ensemble import checkpoint_paths
 from inference.pseudo import write_pseudo
 from inference.submission import write_submission
 from openfwi.gathers import GatherDataset
+from options.outputs import check_outside, check_replaces
 from report.figures import calibration_figure, prediction_figure, steps_figure
 from report.predictions import best_median_worst, print_misfits, print_warnings, write_misfits
 from report.scores import by_family, error_table, score_table, spearman
 from system.files import write_atomic
 from utils import FAMILIES
 from waves.misfit import MISFITS, simulated
+
+NEXT_TO_OUT = {  # what may be written next to --out: the ending, and the kind of file
+    "misfit.csv": "table of misfits",
+    "trace.jsonl": "file of traces",
+    "worst.png": "picture",
+}
 
 
 def path_next_to_out(cfg, ending):
@@ -35,16 +42,16 @@ def output_folders(cfg):
 
 
 def _output_files(cfg, oids):
-    """(option, path) of every file that may be written, except new files in an empty folder."""
-    yield "out", Path(cfg.out)
-    for ending in ("misfit.csv", "trace.jsonl", "worst.png"):
-        yield "out", path_next_to_out(cfg, ending)
+    """(option, path, kind) of every file that may be written, except new files in an empty folder."""
+    yield "out", Path(cfg.out), "submission"
+    for ending, kind in NEXT_TO_OUT.items():
+        yield "out", path_next_to_out(cfg, ending), kind
     if cfg.fit:
-        yield "fit", Path(cfg.fit)
+        yield "fit", Path(cfg.fit), "file of --fit"
     for oid in oids if cfg.save_maps else ():
-        yield "save_maps", Path(cfg.save_maps, f"{oid}.npy")
+        yield "save_maps", Path(cfg.save_maps, f"{oid}.npy"), "velocity map"
     for name in (*FAMILIES, "unknown", *MISFITS) if cfg.figures else ():
-        yield "figures", Path(cfg.figures, f"{name}.png")
+        yield "figures", Path(cfg.figures, f"{name}.png"), "picture"
 
 
 def _identity(path):
@@ -54,16 +61,10 @@ def _identity(path):
 
 
 def check_outputs(cfg, gathers, truths):
-    """Raise ValueError if an output would overwrite an input, or would be read as an input next time."""
-    folders = [Path(root).resolve() for root in (cfg.input, cfg.truth) if root and Path(root).is_dir()]
+    """Raise ValueError if an output would overwrite an input or a file of another kind, or be an input."""
     for name in ("save_maps", "pseudo"):
-        place = Path(getattr(cfg, name) or os.devnull).resolve()
-        for folder in folders:
-            if folder in (place, *place.parents):
-                raise ValueError(
-                    f"--{name}={getattr(cfg, name)}: lies in {folder}, which is read: its files would be "
-                    "taken for inputs; give a folder elsewhere"
-                )
+        if place := getattr(cfg, name):
+            check_outside(name, place, [root for root in (cfg.input, cfg.truth) if root])
     checkpoints = checkpoint_paths(cfg.ckpt)
     inputs = [*checkpoints, *(path.with_suffix(".json") for path in checkpoints), Path(cfg.use or os.devnull)]
     inputs += [*(gather.path for gather in gathers), *(path for path, *_ in truths or ())]
@@ -73,9 +74,10 @@ def check_outputs(cfg, gathers, truths):
             raise ValueError(f"{folder}: inputs lie in {work}, where results are kept; give another --out")
     read, written = {_identity(path) for path in inputs if path.exists()}, {}
     resolved = functools.cache(Path.resolve)  # a folder may hold very many files
-    for option, path in _output_files(cfg, [gather.oid for gather in gathers]):
+    for option, path, kind in _output_files(cfg, [gather.oid for gather in gathers]):
         if path.exists() and _identity(path) in read:
             raise ValueError(f"--{option}: {path} is an input and would be overwritten; give another path")
+        check_replaces(path, kind)
         other = written.setdefault(resolved(path.parent) / path.name, option)
         if other != option:
             raise ValueError(f"--{option} and --{other} both write {path}; give another path")

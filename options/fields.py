@@ -5,6 +5,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from options.outputs import check_replaces
+
 ITEMS = {str: "words, as strings", int: "whole numbers", float: "numbers"}
 MOST = {int: 10**9, float: 1e12}  # what a number may be where its field says nothing else
 
@@ -32,13 +34,15 @@ class Section:
         items=str,
         bare=None,
         path=False,
+        writes=None,
     ):
         """A dataclass field.
 
         programs and decides replace the section's own. Numbers lie from `least` (or strictly above `above`)
         to `most`; in a sequence of numbers, `items` int or float, each of them does. `bare` is the value of
         the option written as a switch, for fields that are not booleans. In a `path`, or several divided by
-        commas, "~" stands for the home folder, which a shell leaves as it is after "=".
+        commas, "~" stands for the home folder, which a shell leaves as it is after "=". `writes` says what is
+        written to a path, a kind of `outputs.BEGINS`: a file of another kind that is there is refused.
         """
         metadata = {
             "section": self,
@@ -51,7 +55,8 @@ class Section:
             "most": most,
             "items": items,
             "bare": bare,
-            "path": path,
+            "path": path or writes is not None,
+            "writes": writes,
         }
         return dataclasses.field(default=default, metadata=metadata)
 
@@ -64,6 +69,9 @@ class Options:
         check_types(self)
         check_limits(self)
         expand_paths(self)
+        for field in dataclasses.fields(self):
+            if field.metadata["writes"] and (path := getattr(self, field.name)):
+                check_replaces(path, field.metadata["writes"])
 
 
 def check_types(options):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from options.outputs import check_replaces
 from system.files import write_atomic
 from utils import V_MAX, V_MIN
 
@@ -26,7 +27,8 @@ def new_figure(size, layout="constrained"):
 
 
 def save_figure(fig, path, dpi=80):
-    """Write a figure as .png, complete or not at all."""
+    """Write a figure as .png, complete or not at all; ValueError if another kind of file is there."""
+    check_replaces(path, "picture")
     with write_atomic(path) as file:
         fig.savefig(file, format="png", dpi=dpi)
 

@@ -1,16 +1,26 @@
 """No output lies on an input, by whatever name, nor on another output."""
 
+import dataclasses
 import os
 import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import kaggle_folder, words_for, write_pair
 
 import infer as infer_module
+import synth
+import train
+from bench import BENCHMARKS
 from infer import main
 from inference.outputs import check_outputs, output_folders
-from inference.submission import submission_rows
+from inference.submission import submission_rows, write_submission
+from options.command_line import parse_options
+from options.outputs import BEGINS, check_replaces
+from report.figures import new_figure, save_figure
+from system.files import write_json
+from training.publish import PublishOptions, publish
 
 
 @pytest.fixture
@@ -30,6 +40,11 @@ def place(tmp_path, checkpoint, monkeypatch):
     os.link(tmp_path / "best.pt", tmp_path / "hard.csv")
     (tmp_path / "old.csv.work").mkdir()
     shutil.copy(tmp_path / "test" / "0000000000.npy", tmp_path / "old.csv.work" / "x.npy")
+    shutil.copy(checkpoint, tmp_path / "last.pt")
+    (tmp_path / "others" / "t.trace.jsonl").mkdir(parents=True)
+    shutil.copy(tmp_path / "test" / "0000000001.npy", tmp_path / "others")
+    for name in ("CurveVel_B.png", "s.misfit.csv"):
+        shutil.copy(checkpoint, tmp_path / "others" / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,6 +68,14 @@ def place(tmp_path, checkpoint, monkeypatch):
         (["--ckpt=misfit.png", "--figures=."], "--figures: misfit.png is an input"),
         (["--fit=./s.csv", "--truth=maps"], "--fit and --out both write s.csv"),
         (["--input=old.csv.work", "--out=old.csv"], "old.csv.work: inputs lie in"),
+        (["--out=last.pt"], "last.pt: is there already and no submission; give another path"),
+        (["--out=pairs/FlatVel_A/data/data1.npy"], "data1.npy: is there already and no submission"),
+        (["--fit=last.pt", "--truth=maps"], "last.pt: is there already and no file of --fit"),
+        (["--fit=fit.json", "--truth=maps"], "fit.json: is there already and no file of --fit"),
+        (["--save_maps=others"], "0000000001.npy: is there already and no velocity map"),
+        (["--figures=others"], "CurveVel_B.png: is there already and no picture"),
+        (["--out=others/s.csv"], "s.misfit.csv: is there already and no table of misfits"),
+        (["--out=others/t.csv"], "t.trace.jsonl: is no file; give another path for the file of traces"),
     ],
 )
 def test_outputs_on_inputs_are_refused_before_any_work(place, refuses, words, message):
@@ -91,3 +114,91 @@ def test_what_is_no_velocity_is_never_written(value):
     vel[3, 4] = value  # an even column, which the CSV leaves out
     with pytest.raises(ValueError, match="00ab: its map holds .*, expected velocities in m/s"):
         submission_rows("00ab", vel)
+
+
+# ---------------------------------------------------------------- of the other programs
+
+PROGRAMS = {"synth": synth.SynthOptions, "publish": PublishOptions}
+PROGRAMS |= {f"bench {name}": options for name, (options, _) in BENCHMARKS.items() if options}
+WRITES = [
+    (program, field.name)
+    for program, options in PROGRAMS.items()
+    for field in dataclasses.fields(options)
+    if field.metadata["writes"]
+]
+
+
+def test_every_option_that_names_a_file_to_write_says_what_it_writes():
+    assert {("synth", "figure"), ("publish", "out"), ("bench wave", "json"), ("bench data", "json")} < set(
+        WRITES
+    )
+    for program, options in PROGRAMS.items():
+        for field in dataclasses.fields(options):
+            if field.name in ("figure", "json", "results") and "folder" not in field.metadata["meaning"]:
+                assert (program, field.name) in WRITES
+
+
+@pytest.mark.parametrize("program, name", WRITES)
+def test_no_option_overwrites_a_checkpoint_or_data(place, program, name):
+    before = {path: path.read_bytes() for path in (place / "last.pt", place / "test" / "0000000000.npy")}
+    for path, content in before.items():
+        with pytest.raises(ValueError, match=f"{path.name}: is there already and no ") as error:
+            parse_options([f"--{name}={path}"], PROGRAMS[program], "")
+        assert "\n" not in str(error.value) and path.read_bytes() == content
+
+
+def test_what_a_program_wrote_itself_it_may_replace(tmp_path):
+    vel, path = np.full((70, 70), 2000.0, np.float32), tmp_path / "x"
+    writers = {
+        "submission": lambda: write_submission(path, ["a"], vel[None]),
+        "velocity map": lambda: np.save(path.open("wb"), vel),
+        "file of weights": lambda: safetensors.numpy.save_file({"w": vel}, path),
+        "card of weights": lambda: write_json(path, {"sha256": "…"}),
+        "JSON": lambda: write_json(path, {"rows": []}),
+        "file of --fit": lambda: path.write_text('{"ensemble_weights": [1.0]}'),
+        "file of traces": lambda: path.write_text('{"oid": "a", "seconds": 1}'),
+        "table of misfits": lambda: path.write_text("oid,misfit"),
+        "picture": lambda: save_figure(new_figure((1, 1)), path),
+    }
+    pytest.importorskip("matplotlib")
+    assert writers.keys() == BEGINS.keys()
+    for kind, write in writers.items():
+        path.unlink(missing_ok=True)
+        for _ in range(2):
+            check_replaces(path, kind)
+            write()
+        path.write_bytes(b"")
+        check_replaces(path, kind)
+
+
+def test_a_figure_is_no_way_to_overwrite_a_checkpoint(place):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="last.pt: is there already and no picture"):
+        save_figure(new_figure((1, 1)), "last.pt")
+
+
+def test_publishing_overwrites_neither_the_checkpoint_nor_others_json(place):
+    safetensors.numpy.save_file({"w": np.ones(3)}, "w.safetensors")
+    for words, message in (
+        (["--ckpt=w.safetensors", "--out=./w.safetensors"], "w.safetensors: is the checkpoint itself"),
+        (["--ckpt=best.pt", "--out=fit.safetensors"], "fit.json: is there already and no card of weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            publish(parse_options(words, PublishOptions, ""))
+
+
+@pytest.mark.parametrize("out", ["pairs", "pairs/new", "pairs/FlatVel_A", "linked"])
+def test_variations_are_not_written_among_their_maps(place, refuses, out):
+    (place / "linked").symlink_to("pairs")
+    words = ["--vary=pairs", "--n_per_family=1", "--families=FlatVel_A"]
+    refuses(synth.main, *words, f"--out={out}", words=[f"--out={out}: lies in pairs, which is read"])
+    assert not (place / "pairs" / "synth.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--run_root=pairs"], ["--online_cache=pairs/cache"], ["--val_root=runs"]])
+def test_pairs_simulated_while_training_are_not_kept_among_samples(place, refuses, words):
+    (place / "runs").mkdir()
+    words = ["--data_root=pairs", "--online=0.5", "--batch_size=1", "--arch=seisnext", *words]
+    refuses(
+        train.main, *words, words=["--online_cache=", "which is read: its files would be taken for inputs"]
+    )

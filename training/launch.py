@@ -8,8 +8,10 @@ import torch
 
 from model import check_model
 from openfwi.files import check_folder
+from options.outputs import check_outside
 from system.files import check_writable
 from training.loss import parse_family_weights
+from training.online import cache_folder
 
 
 def adapted(cfg):
@@ -32,7 +34,8 @@ def check_config(cfg):
     parse_family_weights(cfg.family_weights)
     check_writable(cfg.run_root)
     if cfg.online:
-        check_writable(cfg.online_cache or cfg.run_root)
+        check_writable(cache_folder(cfg))
+        check_outside("online_cache", cache_folder(cfg), (*cfg.data_root, *cfg.val_root))
     if cfg.wandb != "off" and os.environ.get("RANK", "0") == "0":
         check_wandb(cfg)
 

@@ -209,6 +209,11 @@ def fill(plan, folder, chunks, worker, n_workers):
 # ---------------------------------------------------------------- mixing into training batches
 
 
+def cache_folder(cfg):
+    """The folder of the pairs that are kept on disk."""
+    return cfg.online_cache or str(Path(cfg.run_root, "online_cache"))
+
+
 class Online:
     """Puts simulated samples into training batches. Use it in a `with`."""
 
@@ -230,8 +235,7 @@ class Online:
             # one for each lane: all lanes come to their next chunks at the same step
             self.made = Simulated(plan, chunks(), process.device, len(self.mine))
         else:
-            folder = cfg.online_cache or Path(cfg.run_root) / "online_cache"
-            self.made = Cached(plan, chunks, folder, cfg.online_workers, n_chunks)
+            self.made = Cached(plan, chunks, cache_folder(cfg), cfg.online_workers, n_chunks)
 
     def mix(self, step, first_place, seis, vel, family):
         """Replace this step's share of a batch in place; `first_place` is its place in the global batch."""

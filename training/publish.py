@@ -20,6 +20,7 @@ from networks.checkpoints import averaged_weights, load_checkpoint
 from networks.weights import load_weights
 from options.command_line import parse_options
 from options.fields import Options, Section
+from options.outputs import check_replaces
 from system.files import read_lines, write_atomic, write_json
 from utils import run_program
 
@@ -31,7 +32,7 @@ class PublishOptions(Options):
     """The options of `python -m training.publish`."""
 
     ckpt: str = PUBLISH("", "best.pt of a run", path=True)
-    out: str = PUBLISH("", "file to write, NAME.safetensors", path=True)
+    out: str = PUBLISH("", "file to write, NAME.safetensors", writes="file of weights")
     before: tuple = PUBLISH(
         (), "folders of the runs that the last one started from, in their order", path=True
     )
@@ -72,6 +73,9 @@ def publish(args):
     path, out = Path(args.ckpt), Path(args.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out}: expected a name that ends in .safetensors")
+    check_replaces(out.with_suffix(".json"), "card of weights")
+    if out.exists() and out.samefile(path):
+        raise ValueError(f"--out={out}: is the checkpoint itself; give another name")
     checkpoint = load_checkpoint(path)
     cfg = network_config(Config(ckpt=str(path)), checkpoint)
     weights = half(averaged_weights(checkpoint))
