@@ -5,7 +5,6 @@ names of `STEPS`. Smoothing makes a good prediction worse: fit on validation dat
 `--post=auto` use the steps that helped there.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from report.scores import mae_of
+from system.files import load_json
 from utils import FAMILIES, V_MAX, V_MIN
 
 # ---------------------------------------------------------------- several maps into one
@@ -310,8 +310,7 @@ def try_steps(vel, truth, families):
 def load_fit(path, n_members):
     """Read a file that `--fit` wrote. Raises ValueError for other files and other numbers of networks."""
     try:
-        with open(path, encoding="utf-8") as file:
-            fit = json.load(file)
+        fit = load_json(path)
         weights, steps = fit["ensemble_weights"], fit["post"]
         check_steps(steps)
         if not all(name in fit["statistics"] for name in ("knots", "bias", "low", "high")):

@@ -95,7 +95,7 @@ def reason_of(error):
         return f"{error.filename}: cannot be read or written ({error.strerror}); give another path"
     # a loader's worker process sends its whole traceback: the last line is the reason
     reason = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
-    return " ".join(reason.split())
+    return " ".join(reason.split()) or type(error).__name__
 
 
 def is_program():

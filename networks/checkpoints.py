@@ -1,7 +1,6 @@
 """Checkpoint files: ours, and what others publish. Nothing in a file is ever run."""
 
 import argparse
-import json
 import os
 import pathlib
 import pickle
@@ -14,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from system.files import sha256, write_atomic
+from system.files import load_json, sha256, write_atomic
 
 # Where files keep their weights: timm, PyTorch's tutorials, Lightning, segmentation_models, ours.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -89,7 +88,7 @@ def load_described(path):
     checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
     if "cfg" not in checkpoint and options.is_file():
         try:
-            card = dict(json.loads(options.read_text(encoding="utf-8")))
+            card = dict(load_json(options))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{options}: not the network's options as JSON ({error}); correct it") from None
         if (expected := card.get("sha256")) and (got := sha256(path)) != expected:

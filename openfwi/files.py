@@ -9,7 +9,6 @@ lower case are the same in names; hidden files and folders are ignored.
 
 import dataclasses
 import functools
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from openfwi.find import SEIS_NAME, family_of, find_npy, say_unused, velocity_of
 from openfwi.index import N_READERS, Index
 from openfwi.modes import MODE_SHAPES
 from openfwi.npy import MAP_SHAPE, NpyFile, check_finite, check_shape
+from system.files import load_json
 from utils import check_family
 
 FULL_CHECK_GB = 4  # up to this size all values of a data set are read at the start; else three samples a file
@@ -112,9 +112,11 @@ def without_copies(pairs):
 def first_map(pair):
     """What all copies of a file have in common: family, mode and first velocity map."""
     try:
-        return pair.family, pair.mode, np.float16(pair.maps[0]).tobytes()
+        vel = np.float16(pair.maps[0])
     except ValueError:  # no longer readable, which the check of values reports
         return pair
+    is_empty = vel.min() == vel.max()  # as of a broken download, which that check reports, too
+    return pair if is_empty else (pair.family, pair.mode, vel.tobytes())
 
 
 def is_copy(pair, other):
@@ -158,7 +160,7 @@ def pair_up(gathers, maps, family):
 @functools.lru_cache(maxsize=4096)
 def _manifest_in(folder):
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = load_json(folder / MANIFEST)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

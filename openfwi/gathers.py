@@ -67,7 +67,7 @@ def find_gathers(root):
     open_array.cache_clear()  # files may have changed since an earlier call
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; give gathers by --input=PATH")
-    files = [root] if root.is_file() else find_npy(root)
+    files = find_npy(root) if root.is_dir() else [root]
     gathers, seen = [], {}
     for path in files:
         if root.is_dir() and VEL_NAME.fullmatch(path.name) and not holds_gathers(path):

@@ -51,7 +51,9 @@ def check_sums(pair):
     for path in (pair.seis, pair.vel) if manifest else ():
         entry = manifest["files"].get(path.absolute().relative_to(folder).as_posix(), {})
         if sha256(path) != entry.get("sha256"):
-            raise ValueError(f"{path}: other bytes than were packed, by its checksum; pack it again")
+            raise ValueError(
+                f"{path}: other bytes than were packed, by its checksum; remove it and pack again"
+            )
 
 
 def overview(roots, verify=False):
@@ -149,14 +151,16 @@ def jobs_of(pair, root, mode):
     ):
         below = file.path.relative_to(root)
         name = (below if family_in(below) else pair.family / below).as_posix()
-        yield name, [below.as_posix(), file.n_bytes, file.mtime_ns], file, shape, kind
+        yield name, [below.as_posix(), file.n_bytes, file.mtime_ns, file.ctime_ns], file, shape, kind
 
 
 def is_packed(out, manifest, name, source, file, shape, kind):
     """Whether a file of the copy is complete and made from this very source."""
     path, entry = out / name, manifest.get("files", {}).get(name, {})
+    known = entry.get("source", [])
     n_bytes = 128 + len(file) * math.prod(shape) * kind.itemsize
-    return entry.get("source") == source and path.is_file() and path.stat().st_size == n_bytes
+    is_same = len(known) >= 3 and known == source[: len(known)]  # older manifests lack the last, ctime
+    return is_same and path.is_file() and path.stat().st_size == n_bytes
 
 
 def write_manifest(out, mode, files):

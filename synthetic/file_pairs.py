@@ -17,7 +17,7 @@ import torch
 import waves
 from parallel.work import Bar, check_same, check_shared, code_version, handed_out, on_all, wait_for_all
 from synthetic.layers import N_CELLS
-from system.files import sha256, sole_use, write_atomic, write_json
+from system.files import load_json, sha256, sole_use, write_atomic, write_json
 
 N_SAMPLES = 1000  # time samples of 1 ms
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
@@ -121,7 +121,7 @@ def write_pair(pair, dtype, device, bar):
 def read_json(path):
     """The JSON object in a file, {} if there is no file. Raises ValueError for a damaged one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = load_json(path) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); restore it, or choose another --out") from None
     return found

@@ -38,7 +38,9 @@ def write_atomic(path, mode="wb"):
     A link at `path` is replaced, not followed. Raises OSError that names `path`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    place = path.parent.resolve()  # /dev/stdout may be a link to a file: the link itself would be replaced
+    is_device = place == Path("/dev") or place.parts[:2] == ("/", "proc")
+    if is_device or (path.exists() and not path.is_file()):
         raise OSError(errno.EINVAL, "a folder or a device, expected a file", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +153,14 @@ def read_lines(path):
     """The lines of a text file, none where it is missing; what is not UTF-8 is replaced."""
     path = Path(path)
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def load_json(path):
+    """The value in a .json file; OSError for what is no regular file, ValueError for what is no JSON."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder, pipe or device, expected a file", str(path))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path, values):

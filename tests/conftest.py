@@ -72,8 +72,11 @@ def shared_data():
 
 
 def write_pair(folder, family, number=1, n=4, seed=0, dtype=np.float32):
-    """One file pair of random numbers in OpenFWI's layout; returns (seismic path, velocity path)."""
-    rng = np.random.default_rng(seed)
+    """One file pair of random numbers in OpenFWI's layout; returns (seismic path, velocity path).
+
+    The numbers depend on seed and file number, since copies of a file are left out.
+    """
+    rng = np.random.default_rng(seed if number == 1 else (seed, number, 1))
     if "Fault" in family:
         seis, vel = folder / family / f"seis2_1_{number}.npy", folder / family / f"vel2_1_{number}.npy"
     else:

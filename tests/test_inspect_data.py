@@ -129,6 +129,36 @@ def test_packing_again_changes_nothing_and_goes_on_where_it_was_stopped(tmp_path
     assert "6 files, 2 of them written now" in capsys.readouterr().out and contents(stopped) != expected
 
 
+def test_a_source_replaced_by_another_of_the_same_size_and_time_is_packed_again(tmp_path, capsys):
+    seis, _ = write_pair(tmp_path / "root", "FlatVel_A", n=2)
+    pack(tmp_path / "root", tmp_path / "packed")
+    times = seis.stat()
+    np.save(seis, np.load(seis)[::-1])
+    os.utime(seis, ns=(times.st_atime_ns, times.st_mtime_ns))
+    pack(tmp_path / "root", tmp_path / "packed")
+    assert "2 files, 1 of them written now" in capsys.readouterr().out
+    manifest = tmp_path / "packed" / "pack.json"
+    older = json.loads(manifest.read_text())
+    for entry in older["files"].values():
+        del entry["source"][3]
+    manifest.write_text(json.dumps(older))
+    pack(tmp_path / "root", tmp_path / "packed")
+    assert "2 files, 0 of them written now" in capsys.readouterr().out
+
+
+def test_a_damaged_copy_says_what_to_do_and_that_helps(tmp_path, capsys):
+    write_pair(tmp_path / "root", "FlatVel_A", n=1)
+    pack(tmp_path / "root", tmp_path / "packed")
+    path = next((tmp_path / "packed").rglob("data1.npy"))
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1
+    path.write_bytes(content)
+    assert "remove it and pack again" in inspect_data.overview([tmp_path / "packed"], verify=True)[0]
+    path.unlink()
+    pack(tmp_path / "root", tmp_path / "packed")
+    assert inspect_data.overview([tmp_path / "packed"], verify=True) == []
+
+
 def test_two_that_pack_into_one_folder_are_not_mixed(tmp_path):
     write_pair(tmp_path / "root", "FlatVel_A", n=1)
     (tmp_path / "packed").mkdir()

@@ -54,9 +54,10 @@ def test_the_same_files_under_another_spelling_or_place_are_the_same(stopped, tm
     assert last_step(folder) == 8 and len(list(folder.parent.iterdir())) == 1
 
 
-def test_a_run_brings_its_options_along(stopped, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["", "last.pt"])
+def test_a_run_brings_its_options_along(stopped, tmp_path, capsys, name):
     folder, state, _ = stopped
-    train.main([f"--resume={folder}", "--device=cpu", "--threads=1"])
+    train.main([f"--resume={folder / name}", "--device=cpu", "--threads=1"])
     assert last_step(folder) == 8
     assert "going on with its own" in (out := capsys.readouterr().out) and "width=16" in out
     cfg = load_checkpoint(folder / "last.pt")["cfg"]
@@ -64,7 +65,7 @@ def test_a_run_brings_its_options_along(stopped, tmp_path, capsys):
     assert all(cfg[name] == state["cfg"][name] for name in names | {"batch_size", "save_minutes"})
 
 
-@pytest.mark.parametrize("change", ["came", "went", "changed"])
+@pytest.mark.parametrize("change", ["came", "went", "changed", "last map", "gather"])
 def test_other_samples_than_before_are_refused(stopped, tmp_path, change):
     folder, _, words = stopped
     words = [f"--data_root={tmp_path / 'data'}", *words, "--resume=auto"]
@@ -73,13 +74,18 @@ def test_other_samples_than_before_are_refused(stopped, tmp_path, change):
         write_pair(tmp_path / "data", "Style_B", number=2, n=6)
     elif change == "went":
         shutil.rmtree(tmp_path / "data" / "Style_B")
-    else:
+    elif change == "changed":
         np.save(vel, np.load(vel)[::-1])
+    elif change == "last map":
+        np.save(vel, np.concatenate([np.load(vel)[:-1], np.load(vel)[-1:] + 50]))
+    else:
+        seis = tmp_path / "data" / "Style_B" / "data" / "data1.npy"
+        np.save(seis, 2 * np.load(seis))
     counts = {
-        "came": "8 of 2 files there and 12 of 3 files here",
-        "went": "and 4 of 1 files here",
-        "changed": "",
+        "came": "8 of 2 files there, 12 of 3 files here",
+        "went": "8 of 2 files there, 4 of 1 files here",
     }
+    counts = {change: "8 of 2 files here, in another order, of other names or with other values"} | counts
     with pytest.raises(ValueError, match=rf"other training samples than before.*{counts[change]}.*--ckpt="):
         train.main(words)
     assert last_step(folder) == 3
@@ -92,6 +98,15 @@ def test_validation_samples_are_compared_too(stopped, tmp_path):
     trainer = Trainer(cfg, CPU, 4, torch.nn.Linear(1, 1), {"validation": describe_samples(items)})
     with pytest.raises(ValueError, match="other validation samples than before"):
         check_resumed(folder, state, trainer)
+
+
+def test_checkpoints_from_before_values_were_told_go_on(stopped, tmp_path):
+    folder, state, words = stopped
+    for told in state["samples"].values():
+        del told["values"]
+    save_checkpoint(folder / "last.pt", state)
+    train.main([f"--data_root={tmp_path / 'data'}", *words, "--resume=auto"])
+    assert last_step(folder) == 8
 
 
 def test_checkpoints_from_before_the_digest_go_on_with_the_same_folders_only(stopped, tmp_path):

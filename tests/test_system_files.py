@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT
 
 from networks.checkpoints import load_checkpoint, save_checkpoint
-from system.files import sole_use, write_atomic
+from system import files
+from system.files import load_json, sole_use, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -177,3 +178,24 @@ def test_a_lock_whose_holder_removed_its_folder_keeps_others_off(tmp_path):
             folder.rmdir()
         waiting.result()
     assert entered == [True]
+
+
+@pytest.mark.parametrize("folder", ["/dev", "/dev/fd", "/proc/self"])
+def test_devices_are_never_replaced(folder, monkeypatch):
+    """`--out=/dev/stdout > log` must not put a file in the place of the link that all programs use."""
+    if not os.path.isdir(folder):
+        pytest.skip(f"no {folder} here")
+    monkeypatch.setattr(files, "_make_part", None)  # so that nothing is made there
+    with pytest.raises(OSError, match="a folder or a device, expected a file") as error:
+        with write_atomic(f"{folder}/stdout"):
+            pass
+    assert error.value.filename == f"{folder}/stdout"
+
+
+def test_json_is_read_from_regular_files_alone(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, None]})
+    assert load_json(tmp_path / "x.json") == {"a": [1, None]}
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(OSError, match="expected a file"):
+            load_json(path)

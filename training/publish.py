@@ -21,7 +21,7 @@ from networks.weights import load_weights
 from options.command_line import parse_options
 from options.fields import Options, Section
 from options.outputs import check_replaces
-from system.files import read_lines, write_atomic, write_json
+from system.files import load_json, read_lines, write_atomic, write_json
 from utils import run_program
 
 PUBLISH = Section("publish", "weights to share")
@@ -85,7 +85,7 @@ def publish(args):
     card |= {"network": {name: getattr(cfg, name) for name in NETWORK_FIELDS}}
     card |= {"stages": [stage(folder) for folder in (*args.before, path.parent)]}
     if args.accuracy:
-        card["accuracy"] = json.loads(Path(args.accuracy).read_text(encoding="utf-8"))
+        card["accuracy"] = load_json(args.accuracy)
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(out) as file:
         file.write(content)

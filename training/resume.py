@@ -9,6 +9,7 @@ import numpy as np
 
 from cfg import TRAINING, Config, fields_that_decide
 from networks.checkpoints import is_weights, read_checkpoint
+from openfwi.files import some_samples
 from system.files import read_lines
 from training.runs import launch_line, run_folders
 
@@ -49,6 +50,7 @@ def find_run(cfg):
         folders = [
             f for f in run_folders(cfg.run_root, cfg.name) if launch_line() in read_lines(f / "env.txt")
         ]
+    folders = [f.parent if f.name in ("last.pt", "previous.pt") and f.is_file() else f for f in folders]
     folder = next((f for f in folders if (f / "last.pt").exists() or (f / "previous.pt").exists()), None)
     if folder is not None:
         return folder, latest_state(folder)
@@ -149,18 +151,23 @@ def resumed_config(cfg, folder, state):
 
 
 def describe_samples(items):
-    """What tells `items` from others, wherever their files lie: {"files", "samples", "digest"}.
+    """What tells `items` from others, wherever their files lie: {"files", "samples", "digest", "values"}.
 
-    The digest covers, in order, each file's family, name, length and first velocity map, and the rows used.
+    The digest covers, in order, each file's family, name, length and first velocity map, and the rows used;
+    "values" each file's first gather, and its first, middle and last map.
     """
     used, numbers = np.unique(items.rows[:, 0], return_inverse=True)
-    digest = hashlib.sha256()
+    digest, values = hashlib.sha256(), hashlib.sha256()
     for pair in (items.pairs[k] for k in used):
         words = (pair.family, pair.seis.name, pair.vel.name, pair.n, pair.mode, pair.gathers.dtype.str)
         digest.update(repr(words).encode())
         digest.update(np.asarray(pair.maps[0], np.float32).tobytes())
+        values.update(pair.gathers[0].tobytes())
+        for i in some_samples(pair):
+            values.update(np.asarray(pair.maps[i], np.float32).tobytes())
     digest.update(np.stack([numbers, items.rows[:, 1]], 1).astype("<i4").tobytes())
-    return {"files": len(used), "samples": len(items), "digest": digest.hexdigest()[:16]}
+    told = {"files": len(used), "samples": len(items)}
+    return told | {"digest": digest.hexdigest()[:16], "values": values.hexdigest()[:16]}
 
 
 def check_resumed(folder, state, trainer):
@@ -168,13 +175,17 @@ def check_resumed(folder, state, trainer):
     remedy = f"bring them back, or start anew from its weights by --ckpt={folder}/last.pt"
     saved = state.get("samples")
     for what, mine in trainer.samples.items():
-        if isinstance(saved, dict) and mine != saved.get(what):
-            there = saved[what] if isinstance(saved.get(what), dict) else {}
-            counts = " and ".join(
+        if not isinstance(saved, dict):
+            break
+        there = saved[what] if isinstance(saved.get(what), dict) else {}
+        if mine | there != mine or not there:  # older versions told no values
+            counts = [
                 f"{found.get('samples')} of {found.get('files')} files {where}"
                 for found, where in ((there, "there"), (mine, "here"))
-            )
-            raise ValueError(f"{folder}: other {what} samples than before ({counts}); {remedy}")
+            ]
+            if all(there.get(name) == mine[name] for name in ("samples", "files")):
+                counts.append("in another order, of other names or with other values")
+            raise ValueError(f"{folder}: other {what} samples than before ({', '.join(counts)}); {remedy}")
     for name in () if isinstance(saved, dict) else COMPARED_OTHERWISE:  # of older versions
         there, here = state["cfg"].get(name, ()), getattr(trainer.cfg, name)
         if list(there) != list(here):
