@@ -41,7 +41,7 @@ def pretrained_source(cfg):
                 return {}, state
             state = timm_weights(state, cfg.backbone, path)
         except ValueError as error:
-            raise ValueError(f"{error}; {OTHERWISE}") from None
+            raise ValueError(f"{error}, or use --pretrained=false") from None
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}, None
     try:  # timm's own attempt takes a minute to give up
         urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=5)
@@ -76,7 +76,7 @@ def check_filled(state, wanted, backbone, path):
         first = f"the first it lacks is {unfilled[0]}"
         others = faults.get("has unexpected")
         first += f", the first it has instead {others[0]}" if others else ""
-        raise ValueError(f"{path}: fills {count} ({first})")
+        raise ValueError(f"{path}: fills {count} ({first}); give a file of this --backbone")
     rest = f"; these keep their initial values: {', '.join(unfilled)}" if unfilled else ""
     if os.environ.get("RANK", "0") == "0":
         print(f"{path}: fills {count}{rest}", flush=True)

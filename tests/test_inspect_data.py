@@ -227,11 +227,27 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, refuses
     assert not list((tmp_path / "new").rglob("*.npy"))
 
 
-def test_gathers_of_a_modes_shape_need_their_manifest(tmp_path):
+def test_small_images_need_no_manifest_but_one_must_not_contradict_them(tmp_path):
     write_pair(tmp_path / "root", "FlatVel_A", n=1)
     pack(tmp_path / "root", tmp_path / "packed")
     manifest = tmp_path / "packed" / files.MANIFEST
-    assert json.loads(manifest.read_text())["mode"] == "small_72x72"
+    for text in ("[]", None):
+        manifest.unlink() if text is None else manifest.write_text(text)
+        assert [pair.mode for pair in find_pairs([tmp_path / "packed"])] == ["small_72x72"]
+    for text, message in (
+        ("{", "not readable"),
+        ('{"mode": "full", "files": {}}', "says mode full; pack the"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            find_pairs([tmp_path / "packed"])
+
+
+def test_other_gathers_of_a_modes_shape_need_their_manifest(tmp_path):
+    write_pair(tmp_path / "root", "FlatVel_A", n=1)
+    pack(tmp_path / "root", tmp_path / "packed", "smart_256x72")
+    manifest = tmp_path / "packed" / files.MANIFEST
+    assert json.loads(manifest.read_text())["mode"] == "smart_256x72"
     for text, message in (
         ("{", "pack.json: not readable"),
         ("[]", "which says mode nothing"),
