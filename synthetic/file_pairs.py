@@ -18,6 +18,7 @@ import waves
 from parallel.work import Bar, check_same, check_shared, code_version, handed_out, on_all, wait_for_all
 from synthetic.layers import N_CELLS
 from system.files import load_json, sha256, sole_use, write_atomic, write_json
+from utils import StopSignals
 
 N_SAMPLES = 1000  # time samples of 1 ms
 BATCH = 8  # maps simulated together; fixed, since float results may depend on it
@@ -72,7 +73,7 @@ def claim(out, pairs, todo, options):
         file.write(json.dumps(known, indent=1))
 
 
-def write_pair(pair, dtype, device, bar):
+def write_pair(pair, dtype, device, bar, stop):
     """Simulate and write a pair, continuing where a stopped run ended; returns the files' checksums.
 
     The caller gives the seismic file its final name last, so that a seismic file always has its velocity
@@ -109,6 +110,7 @@ def write_pair(pair, dtype, device, bar):
             file.flush()
             synced = disk.submit(os.fsync, file.fileno())
             bar.update(len(batch))
+            stop.check()
         synced.result()
     with write_atomic(pair.vel) as file:
         np.save(file, vel)
@@ -178,15 +180,24 @@ def write_pairs(out, pairs, options, process):
         todo = on_all(process, prepare)[0]
         start = check_shared(process, out)
         n = sum(in_order[k].n for k in todo)
-        with Bar(process, "synth", total=n, unit=" maps", desc="simulating", disable=not todo) as bar:
+        options_of_bar = {"total": n, "unit": " maps", "desc": "simulating", "disable": not todo}
+        with (
+            StopSignals("the current batch, to keep it") as stop,
+            Bar(process, "synth", **options_of_bar) as bar,
+        ):
+
+            def pause():
+                bar.update()
+                stop.check()
+
             for k in handed_out(process, "synth", todo):
                 pair = in_order[k]
-                made = write_pair(pair, options["dtype"], process.device, bar)
+                made = write_pair(pair, options["dtype"], process.device, bar, stop)
                 names = {path.relative_to(out).as_posix(): digest for path, digest in made.items()}
                 write_json(out / f"checksums-{start}-{k}.json", names)
                 if process.world == 1:
                     join_checksums(out, in_order)
                 os.replace(part_of(pair.seis), pair.seis)
-            wait_for_all(process, bar.update)
+            wait_for_all(process, pause)
         if process.is_main:
             join_checksums(out, in_order)

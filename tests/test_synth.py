@@ -23,7 +23,7 @@ import waves
 from benchmarks import map_statistics, realism
 from inversion.draw_faults import fit_to_guess, random_fault
 from synthetic import dataset, file_pairs, layers, style
-from utils import FAMILIES
+from utils import FAMILIES, StopSignals
 
 # The program on one thread and one map a batch, which is killed where simulation argv[1] + 1 would begin.
 KILLED_AFTER = """
@@ -426,6 +426,33 @@ def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     assert files(broken) == files(whole)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_keeps_the_batch_and_says_how_to_go_on(tmp_path, cheap, monkeypatch, capfd, name):
+    number = getattr(signal, name)
+    before = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    signal.signal(number, before)  # a shell's background and nohup ignore some
+    words = ["--threads=1", "--device=cpu", "--families=CurveVel_A", "--n_per_family=24", "--dtype=float16"]
+
+    def signalled(vel, n_samples):
+        signal.raise_signal(number)
+        return stand_in(vel, n_samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_pairs.waves, "simulate", signalled)
+        with pytest.raises(SystemExit) as stop:
+            synth.main([*words, f"--out={tmp_path / 'stopped'}"])
+    told = capfd.readouterr().err
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert f"{name}: waiting for the current batch, to keep it; once more ends at once" in told
+    assert told.endswith(f"stopped by {name}; what is done is kept: the same command continues\n")
+    part = tmp_path / "stopped" / "CurveVel_A" / "data" / "data1.npy.part"
+    assert part.stat().st_size == 128 + 8 * 5 * 1000 * 70 * 2
+    for folder in ("stopped", "whole"):
+        synth.main([*words, f"--out={tmp_path / folder}"])
+    a, b = (tmp_path / folder / "CurveVel_A" / "data" / "data1.npy" for folder in ("stopped", "whole"))
+    assert a.read_bytes() == b.read_bytes()
+
+
 @pytest.mark.parametrize(
     "kept", [0, 50, 128, 128 + 1_400_000, 128 + 1_400_000 * 19 // 2, 128 + 1_400_000 * 18]
 )
@@ -562,7 +589,7 @@ def test_a_batch_goes_to_disk_while_the_next_is_simulated_and_before_that_is_wri
     monkeypatch.setattr(file_pairs.waves, "simulate", simulate)
     monkeypatch.setattr(os, "fsync", look)
     bar = types.SimpleNamespace(initial=0, update=lambda n: None)
-    file_pairs.write_pair(pair, "float32", "cpu", bar)
+    file_pairs.write_pair(pair, "float32", "cpu", bar, StopSignals("the batch"))
     assert sizes[:n] == [128 + k * 5 * 1000 * 70 * 4 for k in (1, 2, 3)]
 
 
