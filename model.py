@@ -2,8 +2,11 @@
 
 `arch="unet"` is the public "ConvNeXt full-resolution baseline" (Bartley, 2025) and its CAFormer sister, key
 for key, so that their checkpoints load; "seisnext" is ours, made for speed; "inversionnet" is the reference
-of the OpenFWI paper (Deng et al., 2022, arXiv 2111.02926). `python model.py --arch=NAME` measures one.
+of the OpenFWI paper (Deng et al., 2022, arXiv 2111.02926). `python bench.py network --arch=NAME` measures
+one.
 """
+
+import sys
 
 import torch
 import torch.nn as nn
@@ -231,3 +234,10 @@ def extra_loss(extras, pred, vel, family):
     for level in extras.get("levels", ()):
         loss = loss + 0.3 * F.l1_loss(level, vel)
     return loss
+
+
+if __name__ == "__main__":
+    print(
+        "model.py: not a program; `python bench.py network --arch=NAME` measures a network", file=sys.stderr
+    )
+    sys.exit(2)

@@ -1,8 +1,11 @@
 """bench.py: one table of benchmarks, their options written and explained as the other programs'."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import bench
 
@@ -24,6 +27,14 @@ def test_without_a_name_the_benchmarks_are_listed_and_unknown_ones_are_one_line(
     assert stop.value.code == 0 and all(f"\n  {name} " in told for name in bench.BENCHMARKS)
     refuses(bench.main, "weve", words=["unknown benchmark 'weve'; did you mean wave?"])
     refuses(bench.main, "wave", "--repeats=0", words=["--repeats=0: expected a positive number"])
+
+
+@pytest.mark.parametrize(
+    "words", [("-m", "benchmarks.ablation"), ("-m", "benchmarks.realism"), ("model.py",)]
+)
+def test_what_is_no_program_names_the_one_to_use(words):
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "`python bench.py " in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
