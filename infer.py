@@ -8,39 +8,30 @@ continues where it stopped. Every card is used, and `torchrun … infer.py` uses
 folder. Options: `--help`.
 """
 
-import contextlib
-import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cfg import INFER, MAPS, PREDICTIONS, fields_that_decide, parse
-from inference.ensemble import Ensemble, checkpoint_paths
-from inference.outputs import check_outputs, output_folders, write_outputs, write_pairs
+from cfg import INFER, MAPS, PREDICTIONS, parse
+from inference.outputs import output_folders, write_outputs, write_pairs
 from inference.pseudo import check_root
 from inference.refine import Refiner, check_method, in_order
-from inference.results import GATHER_FIELDS, Work, digest, fingerprint, forget_changed
+from inference.results import GATHER_FIELDS, Work, fingerprint, forget_changed
+from inference.run import Run
 from inference.submission import MAP_FIELD, check_velocities
 from inference.tta import predict_views
 from networks.checkpoints import shipped_weights
-from openfwi.gathers import GatherDataset, check_values, find_gathers, find_truths, read_truth
+from openfwi.gathers import find_gathers
 from parallel.launch import launch
 from parallel.processes import processes
-from parallel.work import Bar, check_same, code_version, from_main, handed_out, made_on_all
-from postprocess import check_steps, fit_statistics, fit_weights, fuse, load_fit, run_steps, try_steps
+from parallel.work import check_same, from_main, made_on_all
+from postprocess import check_steps, fit_statistics, fit_weights, fuse, try_steps
 from report.scores import error_table, mae_of
-from system.devices import to_device
 from system.files import check_writable, write_atomic
-from training.loader import Loader
 from utils import StopSignals, check_family, run_program
 from waves.misfit import MISFITS, WARNINGS, compare, simulated
-
-OF_A_PROCESS = ("device", "gpus", "threads", "workers")  # options that may differ between processes
-
-N_COMPARED = 8  # gathers whose contents must be the same on all processes
 
 
 def infer(cfg, process):
@@ -88,123 +79,6 @@ def check_options(cfg):
         raise ValueError("--post=auto uses what a --fit found to help; give its file by --use=FILE")
     if cfg.fit and (cfg.use or not cfg.truth):
         raise ValueError("--fit needs the true maps, --truth=DIR, and no --use")
-
-
-class Run:
-    """One call of the program: its options, inputs and networks; `infer` adds `work` and `stop`."""
-
-    def __init__(self, cfg, process):
-        self.cfg, self.process, self.device = cfg, process, process.device
-        self.gathers = find_gathers(cfg.input)
-        self.truths = find_truths(cfg.truth, self.gathers) if cfg.truth else None
-        check_outputs(cfg, self.gathers, self.truths)
-        if process.is_main:
-            check_values(self.gathers)
-        self.fitted = load_fit(cfg.use, len(checkpoint_paths(cfg.ckpt))) if cfg.use else {}
-        self.ensemble = Ensemble(cfg, self.device, self.fitted.get("ensemble_weights"))
-        refines = cfg.refine != "none"
-        self.needs_misfit = bool(cfg.misfit or cfg.figures or cfg.pseudo or refines)
-        self.needs_families = bool(
-            cfg.post or cfg.fit or cfg.pseudo or refines
-        )  # takes another pass of the network
-        contents = {path: fingerprint(path) for path in {path for path, *_ in self.truths or ()}}
-        truths = [(contents[path], *which) for path, *which in self.truths or ()]
-        self.contents = {"ids": digest([gather.oid for gather in self.gathers]), "truths": digest(truths)}
-
-    def seen(self):
-        """What must be the same on all processes, {what it is: value}."""
-        options = dataclasses.asdict(self.cfg).items()
-        told = {"code": code_version()}
-        told |= {f"--{name}": value for name, value in options if name not in OF_A_PROCESS}
-        told["checkpoints"] = [fingerprint(member.path) for member in self.ensemble.members]
-        told["fitted values"] = digest(self.fitted)
-        told["gathers"] = f"{len(self.gathers)}, {digest([gather.oid for gather in self.gathers])}"
-        some = np.unique(np.linspace(0, len(self.gathers) - 1, N_COMPARED).round().astype(int)).tolist()
-        told["gathers' contents"] = digest(GatherDataset(self.gathers).read_batch(some)[1].tolist())
-        return told | {"true maps": self.contents["truths"]}
-
-    @property
-    def steps(self):
-        """Names of the post-processing steps in order, with `auto` replaced by the fitted ones."""
-        auto = self.fitted.get("post")
-        return [step for name in self.cfg.post for step in (auto if name == "auto" else [name])]
-
-    @property
-    def stages(self):
-        """Names of the stages that a map goes through."""
-        return ["network", *self.steps, *([self.cfg.refine] if self.cfg.refine != "none" else [])]
-
-    def decided_by(self, result, cfg):
-        """All that a kept result depends on, for JSON: options, and the contents of the files they name.
-
-        The contents of gathers are compared for each record (`forget_changed`).
-        """
-        return {name: getattr(cfg, name) for name in fields_that_decide(result)} | self.contents
-
-    def truth(self, numbers):
-        """True maps (B, 1, 70, 70) m/s of the gathers `numbers`."""
-        return torch.stack([read_truth(*self.truths[i]) for i in numbers])
-
-    def errors(self, maps, numbers):
-        """Errors (B, K) in m/s of K maps (B, 1, 70, 70) of each gather; 0 without --truth."""
-        if not self.truths:
-            return 0.0
-        truth = self.truth(numbers)
-        return torch.stack([mae_of(vel, truth) for vel in maps], 1).numpy()
-
-    def read(self, batches, expected=None, is_slow=False):
-        """Yield (numbers, seis on the device, digests) of each batch, read ahead; may stop between batches.
-
-        expected: the digests of all gathers. Raises ValueError for a gather that has changed since.
-        is_slow: a batch takes much longer than its reading; none is taken ahead that others could have.
-        """
-        n_workers = 0 if is_slow else min(self.cfg.workers, os.cpu_count() or 1)
-        for seis, digests, numbers in Loader(
-            GatherDataset(self.gathers), batches, n_workers, self.device, ahead=False
-        ):
-            numbers, digests = numbers.tolist(), digests.numpy()
-            if expected is not None and (changed := (digests != expected[numbers]).any(1)).any():
-                raise ValueError(
-                    f"{self.gathers[numbers[changed.argmax()]]}: replaced since its map was predicted; "
-                    "give the same command again, which predicts it anew"
-                )
-            yield numbers, to_device(seis, self.device), digests
-            self.stop.check()
-
-    def results(self, name, job, fields, forget):
-        """`Work.results` of all gathers."""
-        return self.work.results(name, job, len(self.gathers), fields, forget, self.stop.check)
-
-    @contextlib.contextmanager
-    def taking(self, results, batches, name, disable=False):
-        """Yield the batches that this process takes, and a progress bar; then join all processes' results.
-
-        batches: all that hold a record to be done.
-        """
-        n, todo = len(self.gathers), sum(map(len, batches))
-        options = {"total": n, "initial": n - todo, "unit": "map", "desc": name, "disable": disable}
-        with Bar(self.process, results.path.stem, **options) as bar:
-            yield handed_out(self.process, results.path.stem, batches), bar
-
-            def pause():
-                bar.update()
-                self.stop.check()
-
-            self.work.join(results, pause)
-            bar.update()
-
-    def processed(self, vel, families):
-        """The maps (B, 1, 70, 70) after each post-processing step, a list."""
-        return run_steps(self.steps, vel, families, self.fitted.get("statistics"))
-
-    def model(self, families):
-        """The whole prediction as a function of full gathers, for `REFINE`."""
-
-        def predict_again(seis):
-            vel = self.ensemble.predict(seis)
-            return [vel, *self.processed(vel, families)][-1]
-
-        return predict_again
 
 
 # ---------------------------------------------------------------- the stages, each for all gathers

@@ -1,7 +1,7 @@
 """Networks: shot gathers in, velocity maps out.
 
-`arch="unet"` is the public "ConvNeXt full-resolution baseline" (Bartley, 2025) and its CAFormer sister, key
-for key, so that their checkpoints load; "seisnext" is ours, made for speed; "inversionnet" is the reference
+`arch="unet"` is the public "ConvNeXt full-resolution baseline" (Bartley, 2025) or its CAFormer variant, with
+the same keys, so that their checkpoints load; "seisnext" is ours, made for speed; "inversionnet" is the one
 of the OpenFWI paper (Deng et al., 2022, arXiv 2111.02926). `python bench.py network --arch=NAME` measures
 one.
 """
@@ -36,7 +36,7 @@ class SignedLog(nn.Module):
 
 
 class TimeGain(nn.Module):
-    """Multiply by (1 + 10 t/T)^p, a learned power p per shot, against geometric spreading."""
+    """Multiply by (1 + 10 t/T)^p with a learned power p per shot, to undo geometric spreading."""
 
     def __init__(self):
         super().__init__()
@@ -84,8 +84,11 @@ class UNet(nn.Module):
         return timm_encoder(cfg)
 
     def forward(self, seis, extras=False):
-        """Velocity; with `extras` also a dictionary of what is switched on: "error" (B, 1, 70, 70) m/s,
-        "family" (B, 10) logits, "levels" velocity maps of the coarser decoder levels."""
+        """The velocity map; with `extras` also a dictionary of the extra outputs that are switched on.
+
+        These are "error" (B, 1, 70, 70) m/s, "family" (B, 10) logits, and "levels", the velocity maps of the
+        coarser decoder levels.
+        """
         check_input(seis, self.shape)
         features = self.backbone(self.scaling(seis))
         levels = self.decoder(features)
@@ -105,7 +108,7 @@ class UNet(nn.Module):
 
 
 class SeisNeXt(UNet):
-    """Our network: the same decoder and heads on `SeisEncoder`, channels last in memory."""
+    """Our network: `SeisEncoder` with the same decoder and heads, channels last in memory."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -121,7 +124,7 @@ class SeisNeXt(UNet):
 
 
 class InversionNet(nn.Module):
-    """InversionNet (Wu & Lin, 2019; sizes of OpenFWI, appendix): through one code of 512 numbers."""
+    """InversionNet (Wu & Lin, 2019; sizes from OpenFWI's appendix), through a code of 512 numbers."""
 
     ENCODER = (  # (channels, kernel, stride): time alone until 63 samples remain, then 63x70 -> 8x9 -> 1x1
         *((32, (7, 1), (2, 1)), (64, (3, 1), (2, 1)), (64, (3, 1), 1), (64, (3, 1), (2, 1)), (64, (3, 1), 1)),
@@ -164,11 +167,11 @@ CHOICES = {
     "input_scaling": SCALINGS,
 }
 
-EXTRAS = ("confidence", "classify_family", "deep_supervision")  # need extra_loss in training
+EXTRAS = ("confidence", "classify_family", "deep_supervision")  # extra outputs, trained by extra_loss
 
 
 def check_model(cfg):
-    """Raise a one-line ValueError where the network's options do not fit each other."""
+    """Raise ValueError, one line, if the network's options do not fit each other."""
     for name, options in CHOICES.items():
         if getattr(cfg, name) not in options:
             raise ValueError(f"--{name}={getattr(cfg, name)}: expected one of {', '.join(options)}")
@@ -220,10 +223,10 @@ def predict_tta(network, seis):
 
 
 def extra_loss(extras, pred, vel, family):
-    """What the extra outputs add to the L1 loss, in its units; 0 where none is switched on.
+    """The loss of the extra outputs, to be added to the L1 loss; 0 if none is switched on.
 
-    "error" is fitted as the width of a Laplace distribution, whose best value is the mean absolute error;
-    it weighs little, so that it does not disturb the velocity.
+    "error" is fitted as the width of a Laplace distribution, whose best value is the mean absolute error. Its
+    weight is small, so that it does not disturb the velocity.
     """
     loss = pred.new_zeros(())
     if "error" in extras:

@@ -23,7 +23,7 @@ from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
 
 
 def contact_sheet(path, n=8, seed=0):
-    """Draw n maps of each family on one colour scale; returns whether matplotlib was there to do it."""
+    """Draw n maps of each family on one colour scale; returns False if matplotlib is not installed."""
     if not (fig := new_figure((1.4 * n + 1, 16))):
         return False
     axes = fig.subplots(len(FAMILIES), n, sharex=True, sharey=True)
@@ -39,17 +39,17 @@ def contact_sheet(path, n=8, seed=0):
     return True
 
 
-def real_beside_synthetic(path, folder, n=8, seed=0):
-    """Draw n real maps of each family found in `folder`, ours below; ValueError where there are none.
+def real_above_synthetic(path, folder, n=8, seed=0):
+    """Draw n real maps of each family found in `folder`, and n synthetic ones below them.
 
-    folder: holds <Family>.npz with the key dev, or with keys model{k}, which are OpenFWI's files: of
-    FlatFault_A those of four layers, hence ours have four then.
-    Returns whether matplotlib was there to do it.
+    folder: holds <Family>.npz with the key dev, or with keys model{k}, which stand for OpenFWI's files. Those
+    of FlatFault_A have four layers, so then ours get four, too. Returns False if matplotlib is not installed.
+    Raises ValueError if the folder holds no such file.
     """
     found = [Path(folder) / f"{family}.npz" for family in FAMILIES]
     found = [file for file in found if file.is_file()]
     if not found:
-        raise ValueError(f"{folder}: no <Family>.npz in it, as CurveVel_A.npz")
+        raise ValueError(f"{folder}: no <Family>.npz in it; expected files such as CurveVel_A.npz")
     if not (fig := new_figure((1.6 * n, 3.3 * len(found)))):
         return False
     axes = fig.subplots(2 * len(found), n, squeeze=False)
@@ -77,11 +77,12 @@ class SynthOptions(Options):
     """The options of synth.py."""
 
     out: str = SYNTH("", "folder of the data set", path=True)
-    families: tuple = SYNTH((), "families to make; none or all = all ten")
+    families: tuple = SYNTH((), "families to draw; none or all = all ten")
     n_per_family: int = SYNTH(0, "maps of each family", most=10**6)
-    seed: int = SYNTH(0, "of the maps")
-    dtype: str = SYNTH("float32", "of the gathers: float16, float32", choices=("float16", "float32"))
-    per_file: int = SYNTH(500, "maps a file, at most", above=0)
+    seed: int = SYNTH(0, "random seed of the maps")
+    dtype: str = SYNTH("float32", "number format of the gathers: float16, float32",
+                       choices=("float16", "float32"))  # fmt: skip
+    per_file: int = SYNTH(500, "largest number of maps in a file", above=0)
     maps: str = SYNTH("", "simulate this .npy or .npz file of velocity maps (m/s) instead", path=True)
     keys: tuple = SYNTH((), "with --maps=FILE.npz: model1,model2,…; none = all")
     n_per_file: int = SYNTH(0, "with --maps: the first maps of the .npy or of each key; 0 = all")
@@ -89,7 +90,7 @@ class SynthOptions(Options):
         "", "simulate variations of the velocity maps in this folder of OpenFWI files", path=True
     )
     device: str = SYNTH("auto", "auto, cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    gpus: str = SYNTH("auto", "CUDA cards, a process each: auto = all, or a number")
+    gpus: str = SYNTH("auto", "CUDA cards, one process for each: auto = all, or a number")
     threads: int = SYNTH(0, "CPU threads of each process; 0 = an equal share of the cores")
     figure: str = SYNTH("", "draw a contact sheet of all families to this .png", writes="picture")
     real: str = SYNTH("", "with --figure: folder of real maps, <Family>.npz, to draw above ours", path=True)
@@ -100,19 +101,19 @@ class SynthOptions(Options):
 
 
 def main(argv):
-    """Write a data set or a figure; raise ValueError for unknown options and what does not go together."""
+    """Write a data set or a figure; raises ValueError for unknown or conflicting options."""
     args = parse_options(argv, SynthOptions, __doc__)
     families = FAMILIES if args.families in ((), ("all",)) else [check_family(f) for f in args.families]
     if not (args.figure or args.out):
-        raise ValueError("nothing to do; say --out=DIR for a data set, or --figure=FILE.png")
+        raise ValueError("nothing to do; give --out=DIR for a data set, or --figure=FILE.png")
     if args.real and not args.figure:
-        raise ValueError("--real goes with --figure=FILE.png")
+        raise ValueError("--real needs --figure=FILE.png")
     if args.out:
         check_sources(args, families)
         check_outside("out", args.out, [args.vary] if args.vary else [])
         launch(args, __file__, argv)
     if args.figure and os.environ.get("RANK", "0") == "0":
-        drawn = real_beside_synthetic(args.figure, args.real) if args.real else contact_sheet(args.figure)
+        drawn = real_above_synthetic(args.figure, args.real) if args.real else contact_sheet(args.figure)
         if drawn:
             print(f"wrote {args.figure}")
     if args.out:
@@ -121,12 +122,12 @@ def main(argv):
 
 
 def check_sources(args, families):
-    """Raise ValueError unless the options say where maps come from, in one way."""
+    """Raise ValueError unless the options name exactly one source of maps."""
     if args.maps:
         if args.n_per_family or args.vary or (args.families and len(families) != 1):
-            raise ValueError("--maps brings its own: no --vary or --n_per_family, at most one of --families")
+            raise ValueError("--maps gives the maps: leave out --vary, --n_per_family and a second family")
     elif not args.n_per_family or args.keys or args.n_per_file:
-        raise ValueError("say --n_per_family=N, or --maps=FILE; --keys and --n_per_file go with --maps")
+        raise ValueError("give --n_per_family=N, or --maps=FILE; --keys and --n_per_file need --maps")
 
 
 def write(args, families, process):

@@ -53,12 +53,12 @@ _is_program = False
 
 
 def run_program(main):
-    """Run `main(argv)`; bad input and what cannot go on is one line on stderr and exit code 2.
+    """Run `main(argv)`. Errors that a user can mend become one line on stderr and exit code 2.
 
     `python -X dev PROGRAM` shows the traceback instead.
     """
     global _is_program
-    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks is written as \\xd7, not an error
+    for stream in (sys.stdout, sys.stderr):  # characters outside their encoding are written as \\xd7
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -70,8 +70,8 @@ def run_program(main):
     except BrokenPipeError:  # as by `| head`
         drop_output()
         say_on_stderr(
-            f"{Path(sys.argv[0]).name}: stopped, for nobody reads its output any more; what is done is kept: "
-            "give the same command again, its output to a file"
+            f"{Path(sys.argv[0]).name}: stopped, since nobody reads its output any more; what is done is "
+            "kept: run the same command again and send its output to a file"
         )
         sys.exit(128 + SIGPIPE)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
@@ -85,7 +85,7 @@ def run_program(main):
         _is_program = False
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # all is done, only the last lines are not read
+    except BrokenPipeError:  # the work is done; only its last lines were not read
         drop_output()
 
 
@@ -99,40 +99,40 @@ def reason_of(error):
 
 
 def is_program():
-    """Whether this process runs one of our programs, and is ours to tune; else it called us as a library."""
+    """Whether this process runs one of our programs, so that we may tune it; else it uses us as a library."""
     return _is_program
 
 
 def drop_output():
-    """Send standard output nowhere, for its reader is gone: Python would fail once more at its exit."""
-    with contextlib.suppress(OSError, ValueError):  # a notebook's has no file
+    """Discard standard output, whose reader is gone: otherwise Python would fail once more as it exits."""
+    with contextlib.suppress(OSError, ValueError):  # in a notebook it has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_on_stderr(line):
-    """Write a line to standard error, where there is one: its terminal may be closed."""
+    """Write a line to standard error, unless its terminal has been closed."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 class Stopped(SystemExit):
-    """The program ends for a signal, all that is done being kept."""
+    """The program ends because of a signal, after saving its work."""
 
 
 class StopSignals:
-    """Within this context the first SIGINT, SIGTERM or SIGHUP is noted, and a second one ends the program.
+    """A context that delays the first SIGINT, SIGTERM or SIGHUP; a second one ends the program at once.
 
-    A program asks `number`, or calls `check`, at points where all that is done is kept. Signals reach the
-    main thread alone: in another one nothing is changed.
+    The program reads `number`, or calls `check`, wherever its work is saved and it can stop. Python handles
+    signals in the main thread only: in any other thread this context changes nothing.
     """
 
     def __init__(self, waits_for):
-        """waits_for: what the line says that follows the first signal, as "the current step"."""
+        """waits_for: what the program finishes first, for the message, such as "the current step"."""
         self.waits_for, self.number, self.before = waits_for, 0, {}
-        # within which a second signal is the first one's echo: a terminal sends Ctrl-C to torchrun and all
-        # its processes, and torchrun passes it on to these
+        # A terminal sends Ctrl-C to torchrun and to all of its processes, and torchrun passes it on to them:
+        # a second signal within this time is an echo of the first.
         self.echo_s = 3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-        self.first_s = None  # when the first one came
+        self.first_s = None  # time of the first signal
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -147,7 +147,9 @@ class StopSignals:
             signal.signal(number, handler)
         is_loss = self.number and isinstance(error, ConnectionError)  # another process has stopped first
         if (is_loss or isinstance(error, Stopped)) and os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(self.number).name  # said now that progress bars have ended their lines
+            name = signal.Signals(
+                self.number
+            ).name  # printed here, after progress bars have ended their lines
             say_on_stderr(f"stopped by {name}; what is done is kept: the same command continues")
         if is_loss:
             raise Stopped(128 + self.number) from None
@@ -159,12 +161,12 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             return
         self.number, self.first_s = number, time.monotonic()
-        # no print: it may have been interrupted in the midst of another one
+        # not by print, which the signal may have interrupted
         name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
             say_on_stderr(f"\n{name}: waiting for {self.waits_for}; once more ends at once")
 
     def check(self):
-        """Exit where a signal has come, saying how to go on."""
+        """Exit if a signal has arrived, and say how to continue."""
         if self.number:
             raise Stopped(128 + self.number)

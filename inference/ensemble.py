@@ -1,4 +1,4 @@
-"""The networks that predict together: loaded from checkpoints of any origin, and weighted."""
+"""Networks that predict together: loaded from checkpoints of any origin, and weighted."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from system.devices import AUTOCAST, pick_precision
 from utils import FAMILIES
 from waves.misfit import is_flat
 
-# The family of a gather above flat layers: in B velocities need not increase with depth, which covers A too
+# The family assigned to gathers of flat layers. Velocities of B need not increase with depth: it includes A.
 FLAT = FAMILIES.index("FlatVel_B")
 
 
@@ -34,9 +34,8 @@ class Member:
         mine = copy.copy(cfg)
         mine.ckpt = str(path)
         if "," in cfg.ckpt and "cfg" in checkpoint:
-            mine.given = (
-                frozenset()
-            )  # of several checkpoints, the command line describes those without options of their own
+            # with several checkpoints, the command line describes those without options of their own
+            mine.given = frozenset()
         self.cfg = network_config(mine, checkpoint)
         self.network = build_model(self.cfg).eval().requires_grad_(False)
         load_weights(self.network, averaged_weights(checkpoint), path)
@@ -63,7 +62,7 @@ class Member:
     def families(self, seis):
         """Full gathers (B, 5, 1000, 70) -> indices of FAMILIES (B,), -1 = unknown.
 
-        From the network's classifier if it has one, else FLAT where the gather is its own mirror image.
+        The network's classifier decides, if it has one; else a gather equal to its mirror image is FLAT.
         """
         if not self.cfg.classify_family:
             return torch.where(is_flat(seis), FLAT, -1)
@@ -111,7 +110,7 @@ def normalised_weights(given, fitted, n):
     weights = given or fitted or (1.0,) * n
     if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise ValueError(
-            f"--ensemble_weights={','.join(map(str, weights))}: expected {n}, one a checkpoint, "
-            "none below 0, not all 0"
+            f"--ensemble_weights={','.join(map(str, weights))}: expected {n} numbers, one for each "
+            "checkpoint, none below 0 and not all 0"
         )
     return [w / sum(weights) for w in weights]

@@ -1,4 +1,4 @@
-"""What `infer.py` writes once the maps are final: the submission, and whatever else was asked for."""
+"""The outputs of `infer.py`: the submission, and whatever else was asked for."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def path_next_to_out(cfg, ending):
     return Path(cfg.out).with_suffix(f".{ending}")
 
 
-# ---------------------------------------------------------------- where
+# ---------------------------------------------------------------- checks of the paths
 
 
 def output_folders(cfg):
@@ -71,7 +71,7 @@ def check_outputs(cfg, gathers, truths):
     inputs, work = list(dict.fromkeys(inputs)), Path(f"{cfg.out}.work").resolve()
     for folder in dict.fromkeys(path.parent for path in inputs):
         if work in (folder.resolve(), *folder.resolve().parents):
-            raise ValueError(f"{folder}: inputs lie in {work}, where results are kept; give another --out")
+            raise ValueError(f"{folder}: inputs are in {work}, where results are kept; give another --out")
     read, written = {_identity(path) for path in inputs if path.exists()}, {}
     resolved = functools.cache(Path.resolve)  # a folder may hold very many files
     for option, path, kind in _output_files(cfg, [gather.oid for gather in gathers]):
@@ -83,7 +83,7 @@ def check_outputs(cfg, gathers, truths):
             raise ValueError(f"--{option} and --{other} both write {path}; give another path")
 
 
-# ---------------------------------------------------------------- what
+# ---------------------------------------------------------------- files and tables
 
 
 def write_outputs(run, predictions, results):
@@ -122,12 +122,13 @@ def write_pairs(run, predictions, results):
     names = [recognised[i] or cfg.pseudo_family for i in good]
     write_pseudo(cfg.pseudo, results["vel"][good], names, cfg.batch_size, run.process, run.stop.check)
     if run.process.is_main:
-        told = f"{len(good)} of {len(recognised)} maps, log misfit at most {cfg.pseudo_misfit:g}"
-        print(f"{told} -> {cfg.pseudo}")
+        print(
+            f"{len(good)} of {len(recognised)} maps, log misfit at most {cfg.pseudo_misfit:g} -> {cfg.pseudo}"
+        )
 
 
 def write_traces(path, oids, results):
-    """Write what the refining method reports of each gather, one line of JSON each."""
+    """Write the refining method's report on each gather, one line of JSON each."""
     notes = {note.pop("number"): note for note in results.notes()}  # the last note of each gather
     with write_atomic(path, "w") as file:
         file.writelines(json.dumps({"oid": oid, **notes[i]}) + "\n" for i, oid in enumerate(oids))

@@ -1,4 +1,4 @@
-"""Refining methods improve predictions against the observed gather. A new one is an entry in `REFINE`."""
+"""Refining methods, which improve predictions by the observed gather. A new one is one entry in `REFINE`."""
 
 import dataclasses
 import math
@@ -20,8 +20,9 @@ def in_order(numbers, families, size):
 def inversion_batches(numbers, families, size):
     """Batches for `invert`, in the order of `numbers`.
 
-    A gather that is searched in few unknowns comes alone, so that its result is kept once its minutes are
-    over. Gathers that are only fitted cell by cell form batches of `size`, in the place of the first of them.
+    A gather that is searched in few unknowns forms a batch of its own, so that its result is saved as soon as
+    its minutes are over. Gathers that are only fitted cell by cell form batches of `size`, each in the place
+    of its first gather.
     """
     batches, together = [], []
     for i in numbers:
@@ -52,20 +53,20 @@ class Method:
 
     refine(model, seis (B, 5, 1000, 70), vel (B, 1, 70, 70), families [name or None], cfg) returns the refined
     maps and a report for each, a dictionary for JSON. `model` is the whole prediction as a function of
-    gathers. A report's "seconds" count towards --refine_budget, and its "steps", maps on the way [(what, (70,
-    70) array), ...], are drawn.
+    gathers. A report's "seconds" count towards --refine_budget, and its "steps", which are intermediate maps
+    [(what, (70, 70) array), ...], are drawn.
     """
 
     refine: Callable
     batches: Callable = in_order  # (numbers, families of all gathers, size) -> [[number, ...], ...]
     size_without_cuda: int | None = None  # gathers refined together without CUDA; None = --batch_size
-    # (seis, vel) -> (B,), the gain expected per minute. With it, --refine_budget goes to the greatest first
+    # (seis, vel) -> (B,), the expected gain per minute: --refine_budget is spent on the greatest first
     gain: Callable | None = None
 
 
 REFINE = {
     "feedback": Method(refine_feedback),
-    # on a CPU batches save a quarter of the time at most, and an interruption would lose more
+    # on a CPU, batches would save a quarter of the time at most, and an interruption would lose more
     "inversion": Method(refine_inversion, inversion_batches, size_without_cuda=1, gain=expected_gain),
 }
 
@@ -77,18 +78,17 @@ def check_method(name):
 
 
 class Refiner:
-    """Refine the gathers of `results` by --refine, within --refine_budget minutes for all; 0 = no limit.
+    """Refine the gathers of `results` by the method --refine, within --refine_budget minutes in total.
 
-    The method's reports are noted in `results`.
+    The method's reports are saved in `results`.
     """
 
     def __init__(self, process, cfg, results):
         self.cfg, self.results, self.method = cfg, results, REFINE[cfg.refine]
         self.has_budget = bool(cfg.refine_budget and self.method.gain)
         self.spent_before_s = sum(note.get("seconds", 0) for note in results.notes())
-        self.spent_ms = Total(
-            process, "refining ms"
-        )  # by all processes; gathers being refined count with all they may take
+        # by all processes; a gather that is being refined counts with all the time that it may take
+        self.spent_ms = Total(process, "refining ms")
 
     def forget_unfinished(self):
         """Have gathers done again whose report is lost, or that had too little time, if there is more now."""
@@ -109,7 +109,7 @@ class Refiner:
         return self.method.batches(numbers, families, size or self.cfg.batch_size)
 
     def __call__(self, model, numbers, seis, vel, families):
-        """Refine maps: (maps, whether each had enough time). With the budget spent, they stay unchanged."""
+        """Refine maps: (maps, whether each had enough time). Without budget left, they stay unchanged."""
         left = self.minutes_left
         minutes = min(self.cfg.refine_minutes, left / len(numbers))
         if left > 0:

@@ -20,8 +20,8 @@ from system.files import read_lines, sha256, sole_use, write_atomic
 def not_written(path, error):
     """The OSError to raise when a result could not be written."""
     return OSError(
-        f"{path}: not written ({error.strerror}); free some space and give the same command again: "
-        "what is done is kept"
+        f"{path}: not written ({error.strerror}); free some space and run the same command again: finished "
+        "work is kept"
     )
 
 
@@ -51,7 +51,7 @@ class Results:
     def __init__(self, path, n, fields, part=""):
         """A file of n records; fields: (name, dtype) or (name, dtype, shape) each.
 
-        part: names the files that this process alone writes; "" if there is no other process.
+        part: a name for the files that only this process writes; "" if there is no other process.
         """
         self.path, self.n, self.part = Path(path), n, part
         self.dtype = np.dtype([*fields, ("checksum", "u4")])
@@ -110,9 +110,9 @@ class Results:
             raise not_written(path, error) from None
 
     def join(self, parts=()):
-        """Take over what each process has put and noted, now or before it was interrupted, and open it.
+        """Add the records and notes of all processes, also of interrupted ones, to this file, and open it.
 
-        parts: those of today's processes, which this machine's list of the folder may still lack.
+        parts: names of the files of the running processes, which a slow file system may not list yet.
         """
         stem = self.path.stem
         found = {path for end in ("part", "notes") for path in self.path.parent.glob(f"{stem}.*.{end}")}
@@ -156,7 +156,7 @@ class Results:
         done = self.done
         return [numbers for numbers in batches if not done[numbers].all()]
 
-    # notes and maps that belong to a record, in files next to this one
+    # notes and maps of a record, in files next to this one
 
     def note(self, numbers, traces):
         """Keep a dictionary for JSON of each record. The last one noted for a number counts."""
@@ -178,12 +178,12 @@ class Results:
                 yield json.loads(text)
 
     def keep_steps(self, number, steps):
-        """Keep the maps on the way to a result, [(what, (70, 70) map), ...]."""
+        """Save the intermediate maps of a result, [(what, (70, 70) map), ...]."""
         with write_atomic(self._next_to(f"steps{number}.npz")) as file:
             np.savez(file, **{f"{k:03} {what}": vel for k, (what, vel) in enumerate(steps)})
 
     def steps_of(self, number):
-        """The steps kept for a record, or an empty list."""
+        """The intermediate maps of a record, or an empty list."""
         path = self._next_to(f"steps{number}.npz")
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -202,8 +202,8 @@ class Results:
 class Work:
     """The folder `<out>.work/`, which holds the results of an unfinished run until its output is complete.
 
-    Use it in a `with`: it then belongs to this command alone, for all of whose processes rank 0 locks it.
-    Raises ValueError if another command has it, or if a process sees another folder than rank 0.
+    Use it in a `with`, during which rank 0 locks it for all processes of this command. Raises ValueError if
+    another command has it, or if a process sees another folder than rank 0.
     """
 
     RESULT_NAME = re.compile(r"[a-z]+\d*-[0-9a-f]{16}\..+")
@@ -225,12 +225,12 @@ class Work:
             return
         if not any(self.RESULT_NAME.fullmatch(path.name) for path in self.folder.iterdir()):
             (self.folder / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other files lie there
+            with contextlib.suppress(OSError):  # it holds other files
                 self.folder.rmdir()
         self.held.close()
 
     def results(self, name, job, n, fields, forget=lambda results: None, pause=lambda: None):
-        """Results kept under a name for a job, {what decides them: value}; another job's are removed.
+        """Results of a job, {what decides them: value}, saved under a name; those of another job are removed.
 
         forget(results) is called on rank 0 before any process sees them, and may mark records as not done.
         pause() is called while waiting for other processes, and may raise. Raises ValueError for results of
@@ -248,7 +248,7 @@ class Work:
                 )
             for stale in () if is_known else self.folder.glob(f"{name}-*"):
                 if stale.suffix == ".bin":
-                    print(f"{stale}: of other options or files; starting afresh")
+                    print(f"{stale}: made with other options or files; starting afresh")
                 stale.unlink()
             results.make().join()
             forget(results)
@@ -258,16 +258,16 @@ class Work:
         return results.open()
 
     def join(self, results, pause=lambda: None):
-        """Wait for all processes, then let each see what all have put; `pause` as above.
+        """Wait for all processes, then let each see the records of all; `pause` as above.
 
-        Raises ValueError if something is missing.
+        Raises ValueError if a record is missing.
         """
         wait_for_all(self.process, pause)
         if self.process.is_main and self.process.world > 1:
             results.join([self._part(rank) for rank in range(self.process.world)])
         wait_for_all(self.process, pause)
         results.open()
-        wait_for_all(self.process, pause)  # or rank 0 might end, and remove them, before they are opened
+        wait_for_all(self.process, pause)  # else rank 0 might end and remove them before they are opened
         if not results.done.all():
             raise ValueError(
                 f"{results.path}: another process's results are not seen here; the same command continues"
@@ -277,7 +277,7 @@ class Work:
         return f"{self.start}-{rank}"
 
     def remove(self):
-        """Remove all results, once the output is complete, and no other file that may lie there."""
+        """Remove all results, once the output is complete, but no other files in the folder."""
         for path in self.folder.iterdir():
             if self.RESULT_NAME.fullmatch(path.name):
                 path.unlink()
@@ -301,9 +301,9 @@ GATHER_FIELDS = [("gather", "u1", (DIGEST_BYTES,)), ("stamp", "i8", (3,))]
 
 
 def forget_changed(results, gathers):
-    """Forget the records whose gathers have changed since.
+    """Forget the records whose gathers have changed since they were made.
 
-    A file of the same size and times is taken to be unchanged; gathers of all other files are read again.
+    A file of the same size and times counts as unchanged; the gathers of all other files are read again.
     """
     stamps = np.array([gather.stamp for gather in gathers])
     unchanged = (results["stamp"] == stamps).all(1) & (stamps[:, 0] > 0)
@@ -311,5 +311,5 @@ def forget_changed(results, gathers):
     for i in np.flatnonzero(results.done & ~unchanged).tolist():
         changed[i] = (dataset.read_batch([i])[1].numpy() != results["gather"][i]).any()
     if changed.any():
-        print(f"{gathers[changed.argmax()]}: another gather than before; predicting {changed.sum()} again")
+        print(f"{gathers[changed.argmax()]}: not the same gather as before; predicting {changed.sum()} again")
         results.forget(changed)

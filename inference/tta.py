@@ -1,12 +1,12 @@
 """Test-time augmentation: several views of a gather, whose predictions estimate the same map.
 
-A view changes the gather, undoes the change in the predicted map, and has a weight. The plain gather always
-takes part. `mirror` reverses the survey. It is as accurate as the plain view, since only the centre source
-has no mirror image, and its errors are its own; hence it has the same weight. `noise` adds white noise 60 dB
-below the gather's rms; at 40 dB noise drowned the echoes, and a network lost 40 %. `scale` changes amplitudes
-by 2 %. `stretch` changes the time axis by 1 %: velocities times c and times divided by c are the same
-experiment, except for the wavelet, so the map is divided by c again. These three repeat most of the plain
-view's errors and add some of their own, so that each view has an eighth of its weight.
+A view changes the gather, undoes the change in the predicted map, and has a weight. The plain gather is
+always one of them. `mirror` reverses the survey. It has the same weight as the plain view: it is as accurate,
+since only the centre source has no mirror image, and makes other errors. `noise` adds white noise 60 dB below
+the gather's rms; at 40 dB, noise drowned the echoes, and a network lost 40 % of its accuracy. `scale` changes
+amplitudes by 2 %. `stretch` changes the time axis by 1 %: velocities times c and times divided by c are the
+same experiment, except for the wavelet, so the map is divided by c again. These three mostly repeat the plain
+view's errors and add some, so each of their views has an eighth of its weight.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def add_noise(seis, seed, snr_db=60.0):
     return seis + noise * seis.square().mean((1, 2, 3), keepdim=True).sqrt() * 10 ** (-snr_db / 20)
 
 
-DELAY = 73  # samples from the start to the wavelet's centre, from which travel times count
+DELAY = 73  # samples before the centre of the wavelet, where travel times begin
 
 
 def stretch_time(seis, factor):

@@ -1,4 +1,4 @@
-"""Checkpoint files: ours, and what others publish. Nothing in a file is ever run."""
+"""Checkpoint files, our own and published ones. Code in a file is never run."""
 
 import argparse
 import os
@@ -15,32 +15,32 @@ from safetensors import SafetensorError
 
 from system.files import load_json, sha256, write_atomic
 
-# Where files keep their weights: timm, PyTorch's tutorials, Lightning, segmentation_models, ours.
+# The names under which timm, PyTorch's tutorials, Lightning, segmentation_models and we save weights.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
 AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")
 multiarray = (getattr(np, "_core", None) or np.core).multiarray  # NumPy 2, NumPy 1
 NUMPY_NAMES = ("numpy._core.multiarray", "numpy.core.multiarray")
-PLAIN_DATA = [  # what such files hold beside tensors and is only data; (what is made, the name in the file)
+PLAIN_DATA = [  # harmless classes in such files; some as (the class that is made, its name in the file)
     *(argparse.Namespace, np.ndarray, np.dtype),
     *((pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
     *((pathlib.PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
     *((getattr(multiarray, name), f"{module}.{name}")
       for name in ("scalar", "_reconstruct") for module in NUMPY_NAMES),
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"},  # numbers alone: a forged object type crashes
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"},  # only numbers: a forged object type crashes
 ]  # fmt: skip
-SAVE_ANEW = "save its weights alone: torch.save(model.state_dict(), PATH)"
+SAVE_WEIGHTS = "save only its weights: torch.save(model.state_dict(), PATH)"
 
 
 def save_checkpoint(path, state, keep_as=None):
     """Write `state` (tensors, numbers, strings, containers) whole or not at all; OSError names the file.
 
-    With `keep_as` the checkpoint that was there is kept under that name.
+    With `keep_as`, an existing checkpoint is kept under that name.
     """
     path = Path(path)
     with write_atomic(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch hides the reason, such as a full disk, behind one of its own
+        except RuntimeError as error:  # torch hides the reason, such as a full disk, behind its own error
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         if keep_as and path.exists():
@@ -48,9 +48,9 @@ def save_checkpoint(path, state, keep_as=None):
 
 
 def read_checkpoint(path, option="--ckpt"):
-    """What a checkpoint file holds, on the CPU, as it was saved; Python objects are refused.
+    """The content of a checkpoint file as it was saved, on the CPU; Python objects are refused.
 
-    Reads what torch.save wrote, and .safetensors. Raises ValueError, one line that names the file.
+    Reads files of torch.save and .safetensors. Raises ValueError, one line that names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,14 +64,14 @@ def read_checkpoint(path, option="--ckpt"):
 def load_checkpoint(path, option="--ckpt"):
     """Read a checkpoint of any origin: a dict with at least "model", {name: tensor}.
 
-    Weights are found bare, or under one of the names in WEIGHTS, their running average under one of
-    AVERAGES, which then is "ema". Raises ValueError, one line that names the file, for all else.
+    Weights are found bare or under one of the names in WEIGHTS; a running average of them, found under one of
+    AVERAGES, is returned as "ema". Raises ValueError, one line that names the file, for anything else.
     """
     return with_weights(path, read_checkpoint(path, option))
 
 
 def shipped_weights():
-    """The path of the network that comes with the project; ValueError where it is missing."""
+    """The path of the network that comes with the project; raises ValueError if it is missing."""
     path = Path(__file__).parents[1] / "weights" / "seisnext.safetensors"
     if not path.is_file():
         raise ValueError(f"{path}: missing; bring it back by git checkout, or name a network by --ckpt=PATH")
@@ -79,11 +79,11 @@ def shipped_weights():
 
 
 def load_described(path):
-    """A checkpoint with its network's options under "cfg", {name: value}, where they are told.
+    """A checkpoint with its network's options, {name: value}, under "cfg" if they are known.
 
-    What brings none may have them in a `.json` of its name beside it: the options alone, or under "network"
-    on a card as `publish.py` writes it, whose SHA-256 the file must have. Raises ValueError as
-    `load_checkpoint`, and for a file that is not the card's.
+    A file without options may have them in a `.json` file of the same name and folder: either the options
+    alone, or a card as `publish.py` writes it, with the options under "network" and the file's SHA-256.
+    Raises ValueError as `load_checkpoint` does, and for a file whose SHA-256 is not the card's.
     """
     checkpoint, options = load_checkpoint(path), Path(path).with_suffix(".json")
     if "cfg" not in checkpoint and options.is_file():
@@ -93,20 +93,20 @@ def load_described(path):
             raise ValueError(f"{options}: not the network's options as JSON ({error}); correct it") from None
         if (expected := card.get("sha256")) and (got := sha256(path)) != expected:
             raise ValueError(
-                f"{path}: its SHA-256 is {got}, {options.name} beside it says {expected}; "
-                "bring back both files of one version, as by git checkout"
+                f"{path}: its SHA-256 is {got}, {options.name} in its folder says {expected}; "
+                "restore both files from one version, for example by git checkout"
             )
         checkpoint["cfg"] = card.get("network", card)
     return checkpoint
 
 
 def check_head(path, head):
-    """Raise ValueError for files whose first bytes tell that they are no checkpoint."""
+    """Raise ValueError for files whose first bytes show that they are no checkpoint."""
     text = head.lstrip().lower()
     if not head:
         raise ValueError(f"{path}: an empty file; copy or download it again")
     if text.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not the file it stands for; fetch that by git lfs pull")
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; fetch that by git lfs pull")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{path}: a web page, not a checkpoint; download the file itself")
 
@@ -119,19 +119,19 @@ def read_safetensors(path):
 
 
 def read_pickled(path):
-    """What torch.save wrote, plain data and tensors only; raises ValueError, also for Python objects."""
+    """The content of a file of torch.save: tensors and plain data. Raises ValueError for anything else."""
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_DATA):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # zip, pickle and torch each raise their own
+    except Exception as error:  # zip, pickle and torch raise errors of many types
         if found := re.search(r"(?:GLOBAL|global) `?([\w.]+) (?:was not an allowed|whose)", str(error)):
             raise ValueError(
                 f"{path}: holds a Python object ({found[1]}), as whole modules do, which could run any code; "
-                f"{SAVE_ANEW}"
+                f"{SAVE_WEIGHTS}"
             ) from None
         if "TorchScript" in str(error):
-            raise ValueError(f"{path}: a TorchScript archive, which holds code; {SAVE_ANEW}") from None
+            raise ValueError(f"{path}: a TorchScript archive, which holds code; {SAVE_WEIGHTS}") from None
         if isinstance(error, pickle.UnpicklingError) and "WeightsUnpickler" in str(error):
             error = ValueError("damaged, or holds more than tensors and plain data")
         raise unreadable(path, error) from None
@@ -151,7 +151,7 @@ def is_weights(value):
 
 
 def with_weights(path, state):
-    """A file's content with its weights under "model" and their average under "ema"; ValueError for none."""
+    """A file's content, its weights under "model" and their average under "ema"; ValueError without any."""
     if is_weights(state):
         return {"model": state}
     held = state if isinstance(state, dict) else {}
@@ -172,7 +172,7 @@ def with_weights(path, state):
 
 
 def described(state):
-    """What was found instead of weights, in a few words."""
+    """A few words on what a file holds instead of weights."""
     if isinstance(state, dict) and state:
         names = [str(name)[:40] for name in list(state)[:5]]
         return f"a dictionary with {', '.join(names)}{', …' if len(state) > 5 else ''}"
@@ -180,5 +180,5 @@ def described(state):
 
 
 def averaged_weights(checkpoint):
-    """The weights to predict with: the running average where the checkpoint holds one."""
+    """The weights to predict with: the running average if the checkpoint has one."""
     return checkpoint.get("ema", checkpoint["model"])

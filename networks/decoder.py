@@ -1,4 +1,4 @@
-"""Decoders and heads: feature maps to a velocity map of exactly 70 x 70 cells."""
+"""Decoders and heads: from feature maps to a velocity map of exactly 70 x 70 cells."""
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from networks.encoder import conv_act, named
 
 MAP_SIZE = 70
 
-N_LEVELS = 3  # of the decoder
+N_LEVELS = 3  # levels of the decoder
 
 UPSAMPLE = {
     "transposed": lambda n: named(deconv=nn.ConvTranspose2d(n, n, 2, 2)),
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Weighted mean of the decoder levels, brought to the size and width of the last.
+    """Weighted mean of the decoder levels, resized and projected to the size and width of the last one.
 
     The weights are learned through a softmax, or given and normalised.
     """

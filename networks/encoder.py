@@ -18,8 +18,11 @@ N_SOURCES = 5
 
 
 class Float32Sequential(nn.Sequential):
-    """Runs in float32 under autocast: two stem convolutions without a norm between them multiply the
-    gather's range (200 and more) by the square of their weights' size, beyond float16's 65504."""
+    """Runs in float32 even under autocast.
+
+    Two stem convolutions without a norm between them multiply the range of a gather (200 and more) by the
+    square of the weights' size, which exceeds float16's largest number, 65504.
+    """
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -27,7 +30,7 @@ class Float32Sequential(nn.Sequential):
 
 
 class ReflectionPad(nn.ReflectionPad2d):
-    """Reflection padding; torch has no deterministic gradient of its own on CUDA and raises RuntimeError."""
+    """Reflection padding that also has a deterministic gradient on CUDA, where torch's raises an error."""
 
     def forward(self, x):
         if torch.are_deterministic_algorithms_enabled() and x.is_cuda:
@@ -35,7 +38,7 @@ class ReflectionPad(nn.ReflectionPad2d):
         return super().forward(x)
 
     def from_pieces(self, x):
-        """The same from flipped pieces: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right)."""
+        """The padding made of flipped slices: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right)."""
         left, right, top, bottom = self.padding
         for dim, before, after in ((3, left, right), (2, top, bottom)):
             n = x.shape[dim]
@@ -78,7 +81,7 @@ STEMS = {"convnext": _convnext_stem, "caformer": _metaformer_stem, "convformer":
 
 
 class InstanceNormLast(nn.InstanceNorm2d):
-    """Instance norm over all but batch and channels, of channels-last features or tokens: (B, ..., C)."""
+    """Instance norm of channels-last features or tokens (B, ..., C), over all axes but batch and channels."""
 
     def forward(self, x):
         x = F.instance_norm(x.movedim(-1, 1), weight=self.weight, bias=self.bias, eps=self.eps)
@@ -98,7 +101,7 @@ def _gelu(name, child):
 
 
 def _replace(module, choose):
-    """Replace every descendant for which `choose(name, child)` gives a module."""
+    """Replace every descendant of a module for which `choose(name, child)` returns another module."""
     for name, child in module.named_children():
         chosen = choose(name, child)
         if chosen is None:
@@ -108,9 +111,9 @@ def _replace(module, choose):
 
 
 def timm_encoder(cfg):
-    """A timm ConvNeXt or MetaFormer and the widths of its maps of 72, 36, 18 and 9 cells a side.
+    """A timm ConvNeXt or MetaFormer, and the widths of its feature maps of 72, 36, 18 and 9 cells a side.
 
-    Raises ValueError for backbones of other kinds and for pretrained weights that cannot be had.
+    Raises ValueError for other backbones and for pretrained weights that are not available.
     """
     family = cfg.backbone.split("_")[0].removesuffix("v2")
     if family not in STEMS or "_ols" in cfg.backbone or not timm.is_model(cfg.backbone):
@@ -138,9 +141,9 @@ def timm_encoder(cfg):
 
 
 def fill_encoder(backbone, state, cfg):
-    """Fill an encoder from a checkpoint of a whole network like ours, whose decoder is left out.
+    """Fill an encoder from a checkpoint of a whole network like ours, ignoring its decoder.
 
-    Raises ValueError where it does not fit.
+    Raises ValueError if it does not fit.
     """
     mine = backbone.state_dict()
     try:
@@ -165,10 +168,10 @@ def conv_act(n_in, n_out, norm=nn.Identity, stride=1):
 
 
 class SeisEncoder(nn.Module):
-    """Our encoder: (B, 5, 1000, 70) -> maps of 36, 18, 9 and 5 cells a side.
+    """Our encoder: (B, 5, 1000, 70) -> feature maps of 36, 18, 9 and 5 cells a side.
 
-    One learned step makes the gather square, 28 samples by 2 receivers a cell. Most work is then done at 18
-    and 9 cells in plain convolutions, which CPUs run at full speed, and at 18 cells in `AxisMix`.
+    The stem makes the gather square: each of its cells covers 28 samples of 2 receivers. Most of the work is
+    then done at 18 and 9 cells, in plain convolutions, which CPUs run at full speed, and in `AxisMix`.
     """
 
     DEPTHS = (1, 2, 2, 2)
@@ -198,7 +201,7 @@ class SeisEncoder(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, at first adding nothing."""
+    """Two 3x3 convolutions with a shortcut; initially the shortcut alone."""
 
     def __init__(self, width):
         super().__init__()
@@ -212,9 +215,9 @@ class Residual(nn.Module):
 
 
 class AxisMix(nn.Module):
-    """Mix along time and along receivers, alike in every channel: (B, C, n, n) -> (B, C, n, n).
+    """Mix all times and all receivers, in the same way in every channel: (B, C, n, n) -> (B, C, n, n).
 
-    Which time tells of which depth hangs on all the velocities above, so every time must see every other.
+    The depth from which an echo comes depends on all velocities above it, so each time must see all others.
     """
 
     def __init__(self, width, n):

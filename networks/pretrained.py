@@ -1,4 +1,4 @@
-"""ImageNet weights for timm's encoders: fetched by timm, or from a file, whose keys must fit."""
+"""ImageNet weights for timm's encoders: downloaded by timm, or read from a file whose keys must fit."""
 
 import contextlib
 import os
@@ -16,15 +16,15 @@ from networks.checkpoints import averaged_weights, load_checkpoint
 from networks.weights import differences, matching
 
 OTHERWISE = "use --pretrained=PATH (timm weights, .safetensors or .pth) or --pretrained=false"
-MAX_UNFILLED = 5  # tensors that a file may lack, which then keep their initial values; they are named
-OUR_STEMS = re.compile(r"(^|\.)(stem_0\.1|stem\.1\.conv)\.weight$")  # ConvNeXt's and MetaFormer's: not timm's
+MAX_UNFILLED = 5  # a file may lack this many tensors, which keep their initial values; they are named
+OUR_STEMS = re.compile(r"(^|\.)(stem_0\.1|stem\.1\.conv)\.weight$")  # keys that timm's own files do not have
 
 
 def pretrained_source(cfg):
-    """Where the encoder's first weights come from: (arguments for timm, a state dict of our names or None).
+    """Where the encoder's initial weights come from: (arguments for timm, a state dict of our names or None).
 
-    A file is looked for under --pretrained=PATH, else in the download cache; else timm fetches one. Raises
-    ValueError for a file that does not fit and for weights that cannot be had.
+    They are read from --pretrained=PATH if given, else from the download cache, else timm downloads them.
+    Raises ValueError for a file that does not fit and for weights that are not available.
     """
     if not cfg.pretrained:
         return {}, None
@@ -43,10 +43,10 @@ def pretrained_source(cfg):
         except ValueError as error:
             raise ValueError(f"{error}, or use --pretrained=false") from None
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}, None
-    try:  # timm's own attempt takes a minute to give up
+    try:  # without a network connection timm would take a minute to give up
         urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=5)
     except HTTPError:
-        pass  # it answered
+        pass  # the server answered
     except OSError as error:
         reason = f"{hub.ENDPOINT} cannot be reached"
         raise ValueError(f"pretrained weights of {cfg.backbone}: {reason}; {OTHERWISE}") from error
@@ -54,21 +54,21 @@ def pretrained_source(cfg):
 
 
 def timm_weights(state, backbone, path):
-    """A file's weights under timm's names of a backbone; prints how many, raises ValueError where too few."""
+    """The weights in a file under timm's names; prints how many fit, raises ValueError if too few do."""
     with torch.device("meta"):
         model = timm.create_model(backbone)
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
-    flat = re.compile(r"(^|\.)(stem|stages)_(\d)")  # as an encoder alone names them
+    flat = re.compile(r"(^|\.)(stem|stages)_(\d)")  # the names within timm's feature extractors
     found = matching({flat.sub(r"\1\2.\3", key): value for key, value in state.items()}, wanted, path)
     if not any(key in wanted for key in found):
-        with contextlib.suppress(KeyError, AttributeError, RuntimeError):  # the names of the first publishers
+        with contextlib.suppress(KeyError, AttributeError, RuntimeError):  # names of the original authors
             found = sys.modules[type(model).__module__].checkpoint_filter_fn(found, model)
     check_filled(found, wanted, backbone, path)
     return {key: value for key, value in found.items() if key in wanted}
 
 
 def check_filled(state, wanted, backbone, path):
-    """Print how many of the encoder's tensors a state dict fills; ValueError unless all but a few."""
+    """Print how many of the encoder's tensors a state dict fills; ValueError if many are missing."""
     faults = differences(state, wanted)
     unfilled = faults.get("misses", []) + faults.get("has another shape of", [])
     count = f"{len(wanted) - len(unfilled)} of {len(wanted)} tensors of {backbone}'s encoder"

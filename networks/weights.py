@@ -1,4 +1,4 @@
-"""Weights put into networks: checked, and the backbone guessed from them."""
+"""Loading weights into networks: checks, and a guess at the backbone of weights that do not fit."""
 
 import torch
 
@@ -12,7 +12,7 @@ SIZES = {  # (stem width, blocks in the third stage): size
 
 
 def guess_backbone(state):
-    """Name of the timm backbone that a state dict's keys and shapes suggest, or None."""
+    """Name of the timm backbone suggested by a state dict's keys and shapes, or None."""
     depth = len({key.split(".")[3] for key in state if key.startswith("backbone.stages_2.blocks.")})
     for family, stem in (
         ("convnext", "backbone.stem_0.1.weight"),
@@ -25,13 +25,13 @@ def guess_backbone(state):
 
 
 def matching(state, wanted, name="state dict"):
-    """The part of a state dict whose keys, without a common prefix, are most of `wanted`: {key: tensor}.
+    """The part of a state dict that matches most keys of `wanted` after a common prefix is removed.
 
-    Prefixes are those of torch.compile, DDP and modules that hold the network, as Lightning's; what else such
-    a module holds is left out. Raises ValueError where two networks under different prefixes fit equally.
+    Prefixes come from torch.compile, DDP and modules that contain the network, such as Lightning's; anything
+    else in such a module is left out. Raises ValueError if two networks under different prefixes fit equally.
     """
     state = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
-    some = list(wanted)[:: max(1, len(wanted) // 8)]  # a prefix comes with many of them, a few will do
+    some = list(wanted)[:: max(1, len(wanted) // 8)]  # all keys of a network share its prefix: a few suffice
     prefixes = {key[: -len(end)] for end in some for key in state if f".{key}".endswith(f".{end}")}
     counts = {prefix: sum(prefix + key in state for key in wanted) for prefix in sorted(prefixes)}
     most = max(counts.values(), default=0)
@@ -45,7 +45,7 @@ def matching(state, wanted, name="state dict"):
 
 
 def differences(state, wanted):
-    """How a state dict differs from {key: tensor} wanted: {what: keys}, of what there is."""
+    """How a state dict differs from the wanted {key: tensor}: {kind of difference: keys}."""
     found = {
         "misses": [key for key in wanted if key not in state],
         "has unexpected": [key for key in state if key not in wanted],
@@ -55,9 +55,9 @@ def differences(state, wanted):
 
 
 def load_weights(model, state, name="state dict"):
-    """Load a state dict strictly, but for prefixes as of torch.compile, DDP and Lightning.
+    """Load a state dict strictly, apart from prefixes such as those of torch.compile, DDP and Lightning.
 
-    Raises ValueError where it does not fit, with the backbone it seems to be of, and where it is not finite.
+    Raises ValueError if it does not fit, naming the backbone that it seems to belong to, and for NaN.
     """
     if not isinstance(state, dict):
         raise ValueError(f"{name}: its weights are a {type(state).__name__}, expected a state dict")
@@ -78,10 +78,10 @@ def load_weights(model, state, name="state dict"):
 
 
 def fill(model, state, name):
-    """Load a state dict that fits; raises ValueError, naming the tensor, where values are not finite."""
+    """Load a state dict that fits; raises ValueError, naming the tensor, for values that are not finite."""
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # sparse, quantized or without values
+    except RuntimeError as error:  # tensors that are sparse, quantized or without values
         raise ValueError(
             f"{name}: tensors that cannot be copied ({str(error).strip().splitlines()[-1].strip()[:160]}); "
             "save them dense, as floating-point numbers"
@@ -90,7 +90,7 @@ def fill(model, state, name):
 
 
 def check_finite(model, name):
-    """Raise ValueError, naming the tensor, where a network filled from `name` holds NaN or infinity."""
+    """Raise ValueError, naming the tensor, if a network that was filled from `name` holds NaN or infinity."""
     for key, value in model.state_dict().items():
         if n := int((~torch.isfinite(value)).sum()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One process for each card: a program hands over to torchrun by itself."""
+"""One process for each card: a program starts torchrun by itself."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from utils import is_program
 
 
 def launch(cfg, program, argv, check=lambda: None):
-    """Hand over to torchrun, a process a card, where there are several cards and nobody has done so.
+    """Replace this process by torchrun with one process for each card, if there are several cards.
 
-    cfg: options with `device` and `gpus`. check() is called before, and may raise: that is one line then, not
-    one from every process. It may return how many processes at most have something to do.
+    cfg: options with `device` and `gpus`. check() is called first and may raise ValueError, which then is
+    printed once and not by every process. It may return the largest number of processes that have work to do.
 
-    Called from Python, say that one card is used instead. Raises ValueError when more processes are asked for
-    than there are cards, or than a call from Python can start.
+    Does nothing under torchrun. A call from Python uses one card, and this is printed. Raises ValueError if
+    more processes are asked for than there are cards, or than a call from Python can start.
     """
     if "RANK" in os.environ:
         return
@@ -33,4 +33,6 @@ def launch(cfg, program, argv, check=lambda: None):
         print(f"using one of {n} cards, as called from Python; for all of them: {command}", flush=True)
     elif n > 1 and (n := min(n, check() or n)) > 1:
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", program, *argv]
-        os.execv(sys.executable, [sys.executable, *words])  # signals now go to torchrun, which passes them on
+        os.execv(
+            sys.executable, [sys.executable, *words]
+        )  # from now on torchrun receives signals and passes them on

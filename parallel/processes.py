@@ -1,4 +1,4 @@
-"""This process among those that torchrun started."""
+"""The processes that torchrun starts: joining them, and what each knows of the others."""
 
 import contextlib
 import datetime
@@ -17,13 +17,13 @@ from utils import is_program
 
 @dataclass
 class Process:
-    """This process among its peers."""
+    """This process: its device, and its place among the processes that were started together."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    store: dist.Store | None = None  # of all processes of this start, where there are several
+    store: dist.Store | None = None  # shared by all processes, if there are several
 
     @property
     def is_main(self):
@@ -42,10 +42,9 @@ class Process:
 
 @contextlib.contextmanager
 def processes(cfg, backend=None):
-    """Join torchrun's process group where there is one; yields this `Process`.
+    """Join torchrun's process group if there is one; yields this `Process`.
 
-    backend: None is NCCL on CUDA and gloo elsewhere. Raises ValueError when a device is asked for
-    that is not there.
+    backend: None means NCCL on CUDA and gloo elsewhere. Raises ValueError for a device that is missing.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
@@ -65,7 +64,7 @@ def processes(cfg, backend=None):
 
 
 def join_group(backend):
-    """Join torchrun's process group; returns a store of this group's own."""
+    """Join torchrun's process group; returns the store that its processes share."""
     store, rank, world = next(rendezvous("env://"))
     store = fresh_store(store, rank, world)
     timeout = datetime.timedelta(hours=4)  # rank 0 may simulate a data set while the others wait
@@ -75,11 +74,12 @@ def join_group(backend):
 
 
 def fresh_store(store, rank, world):
-    """The part of torchrun's store that belongs to this start alone.
+    """A part of torchrun's store that belongs to this start only.
 
-    Processes that torchrun has restarted find the lost ones' addresses in the store, and would wait for them
-    for ever; machines do not count restarts alike. So rank 0 draws a name, and tells it to each process that
-    introduces itself by a name of its own, until all have used it.
+    When torchrun restarts processes, they find the addresses of the lost ones in the store and would wait for
+    them for ever; the count of restarts does not help, since machines count differently. So rank 0 draws a
+    name for this start. Each other process says hello by a name of its own, and rank 0 answers with the name
+    of the start until all processes have used it.
     """
     name = secrets.token_hex(8)
     if rank:
@@ -92,7 +92,9 @@ def fresh_store(store, rank, world):
         for other in sorted(awaited):
             if store.check([f"{name} {other}"]):
                 awaited.discard(other)
-            elif store.check([f"hello {other}"]):  # a lost process's, perhaps: then the next one is answered
+            elif store.check(
+                [f"hello {other}"]
+            ):  # perhaps of a lost process: its successor will say hello too
                 store.set(f"answer {store.get(f'hello {other}').decode()}", name)
         time.sleep(0.05)
     return dist.PrefixStore(name, store)

@@ -1,4 +1,4 @@
-"""Work shared by all processes that torchrun started: the same for each, taken piece by piece."""
+"""Work that all processes share: each takes the next piece, and all fail together with one message."""
 
 import contextlib
 import hashlib
@@ -15,16 +15,16 @@ import utils
 from utils import reason_of
 
 POLL_S = 0.05
-SEEN_S = 10.0  # within which a file made on one machine is seen on another
-LAST_WORDS_S = 5.0  # rank 0 has said by then why all end: torchrun ends it once another one has ended
+SEEN_S = 10.0  # a file made on one machine must be visible on the others within this time
+ERROR_GRACE_S = 5.0  # time for rank 0 to print its error: torchrun kills it as soon as another process ends
 
 
 @contextlib.contextmanager
 def loss_explained():
-    """Where another process is gone, raise ConnectionError, one line that says how to go on."""
+    """If another process is gone, raise ConnectionError with one line that says how to continue."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and the store's own
+    except RuntimeError as error:  # raised by gloo and by the store
         reason = str(error).splitlines()[0]
         raise ConnectionError(
             f"another process has ended ({reason}); what is done is kept: the same command continues"
@@ -32,9 +32,9 @@ def loss_explained():
 
 
 def wait_for_all(process, pause=lambda: None):
-    """Return once every process has come here; `pause()` is called meanwhile, and may raise.
+    """Return when every process has called this; meanwhile `pause()` is called repeatedly and may raise.
 
-    Raises ConnectionError where a process is gone.
+    Raises ConnectionError if a process is gone.
     """
     if process.world == 1:
         return
@@ -48,10 +48,10 @@ def wait_for_all(process, pause=lambda: None):
 
 
 def on_all(process, look):
-    """What `look()` returns on each process, a list by rank.
+    """Call `look()` on every process; returns the list of all results, by rank, on every process.
 
-    Where it raises ValueError or OSError on any, all end: rank 0 raises ValueError, in one line, and the
-    others exit without a word.
+    If it raises ValueError or OSError on any process, all end: rank 0 raises ValueError, in one line, and the
+    others exit silently.
     """
     if process.world == 1:
         return [look()]
@@ -60,27 +60,27 @@ def on_all(process, look):
         value = look()
     except (ValueError, OSError) as raised:
         error = reason_of(raised)
-    told = [None] * process.world
+    results = [None] * process.world
     with loss_explained():
-        dist.all_gather_object(told, (value, error, socket.gethostname()))
-    for rank, (_, error, host) in enumerate(told):
+        dist.all_gather_object(results, (value, error, socket.gethostname()))
+    for rank, (_, error, host) in enumerate(results):
         if error:
             end_all(process, error if rank == 0 else f"process {rank} on {host}: {error}")
-    return [value for value, *_ in told]
+    return [value for value, *_ in results]
 
 
 def made_on_all(process, make):
-    """What `make()` returns here, once it has returned on every process; errors as with `on_all`."""
+    """Call `make()` on every process and return this process's own result; errors as with `on_all`."""
     made = []
     on_all(process, lambda: made.append(make()))
     return made[0]
 
 
 def end_all(process, reason):
-    """End every process, for a reason that all of them know."""
+    """End this process for a reason that all processes share: each of them calls this."""
     if process.is_main:
         raise ValueError(reason)
-    time.sleep(LAST_WORDS_S)
+    time.sleep(ERROR_GRACE_S)
     raise SystemExit(2)
 
 
@@ -96,10 +96,10 @@ def from_main(process, value, pause=lambda: None):
 
 
 def check_same(process, seen):
-    """End all unless every process has seen the same as rank 0: {what it is: a value for JSON}."""
-    told = on_all(process, lambda: (socket.gethostname(), seen))
-    expected = told[0][1]
-    for rank, (host, found) in enumerate(told):
+    """End all processes unless `seen`, {what it is: a value for JSON}, is the same on each of them."""
+    results = on_all(process, lambda: (socket.gethostname(), seen))
+    expected = results[0][1]
+    for rank, (host, found) in enumerate(results):
         for what in expected:
             if found[what] != expected[what]:
                 end_all(
@@ -110,9 +110,9 @@ def check_same(process, seen):
 
 
 def check_shared(process, folder):
-    """Return a name for this start, once every process has seen that `folder` is rank 0's, which is there.
+    """Check that every process sees the same existing `folder` as rank 0; returns a name for this start.
 
-    Otherwise all end, and rank 0 says which process sees another one.
+    Otherwise all processes end, and rank 0 says which one sees another folder.
     """
     name = on_all(process, lambda: secrets.token_hex(8))[0]
     sign = Path(folder, f"start-{name}.sign")
@@ -144,10 +144,10 @@ def code_version():
 
 
 def handed_out(process, name, pieces):
-    """Yield the pieces of a list that this process takes, in order; each goes to one process.
+    """Yield the pieces of a list that this process takes, in order; each piece goes to one process.
 
-    A slow process takes fewer. `name` tells this work from all other of this start; processes that see
-    other pieces under it share nothing, and nothing is left out.
+    A slow process takes fewer. `name` must differ from that of any other work of this start. Processes whose
+    lists differ share nothing: each takes its whole list, so that no piece is left out.
     """
     if process.world == 1:
         yield from pieces
@@ -158,7 +158,7 @@ def handed_out(process, name, pieces):
 
 
 def add(process, name, n):
-    """Add to a whole number that all processes share, from 0 on; returns its value then."""
+    """Add `n` to a whole number that all processes share, which starts at 0; returns the sum."""
     with loss_explained():
         return process.store.add(name, n)
 
@@ -170,7 +170,7 @@ class Total:
         self.process, self.name, self.value = process, name, 0
 
     def add(self, n=0):
-        """Returns the value then."""
+        """Add `n`; returns the sum."""
         self.value = self.value + n if self.process.world == 1 else add(self.process, self.name, n)
         return self.value
 
@@ -184,8 +184,8 @@ class Bar(tqdm):
         self.initial = self.n
 
     def update(self, n=0):
-        """Count `n` more done by this process, and show what the others have done meanwhile."""
-        if n or self.process.is_main:  # at the end rank 0 may be gone already, and the store with it
+        """Count `n` more pieces done by this process, and show what all have done."""
+        if n or self.process.is_main:  # at the end rank 0 may have gone already, and the store with it
             done = self.done.add(n)
             super().update(done - self.shown)
             self.shown = done

@@ -1,4 +1,4 @@
-"""FlatFault_B and CurveFault_B: two layered models, each cut by faults of its own, spliced along a line."""
+"""FlatFault_B and CurveFault_B: two layered models, each with its own faults, spliced along a line."""
 
 import math
 
@@ -9,15 +9,15 @@ from synthetic.layers import N_CELLS, deal_thicknesses, rising_velocities
 LAYERS = (6, 7, 8)  # the K of OpenFWI's seis{K}_1_{M}.npy: layers of each of the two models
 MIN_THICKNESS = 7  # cells, of a layer; also the most frequent thickness
 SPLICE = (10, 60)  # columns between which the splice starts and ends
-MIN_ACROSS = 14  # columns that the splice crosses at least, unless it is vertical
+MIN_ACROSS = 14  # the splice crosses at least this many columns, unless it is vertical
 PERIODS, PERIOD_SHARES = (2, 3, 4), (0.5, 0.35, 0.15)  # of a model's fold, across the map
 AMPLITUDE = (5, 21)  # cells, of a fold
 FAULTS, FAULT_SHARES = (2, 3), (0.65, 0.35)  # numbers of faults on a model's side of the splice
-LEFTWARD = 1.6  # above 1, faults lie rather on the left of their side of the splice
+LEFTWARD = 1.6  # above 1, faults are more frequent on the left of their side of the splice
 ACROSS = (6, 36, 110)  # columns that a fault crosses from top to bottom: lowest, most frequent, highest
 MOVE = (5, 16)  # cells by which a faulted block moves up or down, and left or right
-DOWN_SHARE = 0.55  # of models whose leftmost fault has its block moved down
-SLIDE_SHARE = 0.25  # of faults that move the layers as they are; in others the block gets its own fold
+DOWN_SHARE = 0.55  # share of models whose leftmost fault has its block moved down
+SLIDE_SHARE = 0.25  # share of faults that move the layers as they are; in others the block gets its own fold
 DEPTH, COLUMN = np.mgrid[:N_CELLS, 1 : N_CELLS + 1]  # lines count columns from 1
 
 
@@ -70,7 +70,7 @@ def _model(rng, curved, n, side):
         else:
             moved = _layers(interfaces, periods, rng.integers(*AMPLITUDE), dx, dz)
         block = _right_of(top, bottom)
-        block[-1] = False  # the lowest row of real maps is never faulted
+        block[-1] = False  # in real maps the lowest row is never faulted
         result = np.where(block, moved, result)
         sign = -sign  # in real maps neighbouring blocks move in opposite directions
     return result

@@ -57,7 +57,7 @@ def draw_layers(rng, curved, increasing):
 def deal_thicknesses(rng, n, min_thickness):
     """Draw thicknesses of n layers that fill the map, in cells (n,).
 
-    Each layer gets `min_thickness`, the rest is dealt out at random, and the layers are shuffled.
+    Each layer gets `min_thickness`, the rest is divided at random, and the layers are shuffled.
     """
     thickness = np.full(n, min_thickness)
     for k in range(n - 1):

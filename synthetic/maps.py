@@ -2,7 +2,7 @@
 
 OpenFWI's generator was never released. These generators follow the maps it published (Deng et al., 2022,
 arXiv 2111.02926). `python bench.py realism` measures how realistic they are, and
-docs/experiments/generators.md tells what was learned from real maps.
+docs/experiments/generators.md describes what was learned from real maps.
 """
 
 import numpy as np

@@ -12,7 +12,7 @@ N_FINE = 2 * N_CELLS  # faults of version A are made on half cells
 
 THROW = (10, 20)  # half cells, whole ones: real throws are 5, 5.5, ... 10 cells
 
-LEAN = math.radians(6)  # real faulted maps are sheared so: depths shrink by cos 6°, verticals lean
+LEAN = math.radians(6)  # the shear of real faulted maps: depths shrink by cos 6°, verticals lean
 
 OUTSIDE = -1500.0  # m/s, the value around real maps while they were made
 
@@ -20,9 +20,9 @@ FAULT_ENDS = (N_FINE // 4, 3 * N_FINE // 2)  # where on the border a fault may s
 
 ROUNDING_ERROR = 5e-13  # m/s: below it ripples are not seen
 
-FAINTEST = 2e-11  # m/s: of fainter ripples the original's rounding may have decided otherwise
+FAINTEST = 2e-11  # m/s: fainter ripples may have been rounded differently by the original
 
-RUN = 24  # half cells of a row of which it decides alike
+RUN = 24  # half cells of a row for which rounding decides alike
 
 
 def _lean(field):
@@ -43,12 +43,12 @@ def _shear():
 
 
 def _product(a, b):
-    """a @ b of arrays, by torch: numpy's threads and torch's, which simulate, would wait for one another."""
+    """a @ b of arrays, by torch: numpy's own threads would compete with torch's, which simulate."""
     return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 def _cubic_shift(field, dz, dx, outside):
-    """Move (140, 140) by dz whole rows and dx columns along a cubic spline, `outside` from outside."""
+    """Move (140, 140) by dz whole rows and dx columns by a cubic spline; `outside` is the value outside."""
     source, knots = np.arange(N_FINE) - dx, np.arange(-1, N_FINE + 1)
     t = np.abs(source[:, None] - knots)
     weight = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
@@ -62,7 +62,7 @@ def _cubic_shift(field, dz, dx, outside):
 
 
 def _median(field):
-    """Median of 3 x 3 cells, edges repeated: of columns' highest low, middle middle and lowest high."""
+    """Median of 3 x 3 cells, edges repeated; computed from the columns' lowest, middle and highest values."""
     padded = np.pad(field, 1, mode="edge")
     low, middle, high = _sorted(padded[:-2], padded[1:-1], padded[2:])
     lows, highs = (np.stack([v[:, :-2], v[:, 1:-1], v[:, 2:]]) for v in (low, high))
@@ -127,7 +127,7 @@ def fault_line(start, end):
 def _slide(field, in_block, v_min, start, end, dz):
     """A fault's block, cut out of `in_block` and moved down by dz, in a field; all leaning: (140, 140).
 
-    Nothing is put back yet where the outside came in.
+    Cells into which the outside has moved are not yet restored.
     """
     _, across = fault_line(start, end)
     x, (bottom, left) = np.arange(N_FINE), border_point(end)
@@ -160,9 +160,9 @@ def slip_soft(field, v_min, start, end, dz, flipped=False, folded=None):
 
 
 def undecided(field, v_min, start, end, dz):
-    """Where rounding decides whether the old value stays, and that matters: masks (N, 140, 140).
+    """Where rounding decides whether the old value stays, and this matters: masks (N, 140, 140).
 
-    One for each half cell of a ripple, and one for each RUN half cells of a row where there is none.
+    One mask for each half cell of a ripple, and one for each RUN half cells of a row without ripples.
     """
     result = _slide(field, field, v_min, start, end, dz)
     ripple, masks = np.abs(result - v_min), []

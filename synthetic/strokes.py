@@ -11,7 +11,7 @@ N_STRANDS = 64  # more than the widest column has
 
 
 def window(z, x, reach_z, reach_x):
-    """Slices of the cells within reach of a point; None where there are none."""
+    """Slices of the cells within reach of a point, or None if there are none."""
     top, bottom = max(int(z - reach_z), 0), min(int(z + reach_z) + 2, N_CELLS)
     left, right = max(int(x - reach_x), 0), min(int(x + reach_x) + 2, N_CELLS)
     return (slice(top, bottom), slice(left, right)) if top < bottom and left < right else None
@@ -33,7 +33,7 @@ class Figure:
         self.heading_spread, self.stretch = rng.uniform(0.1, 0.26), math.exp(rng.normal(0, 0.3))
 
     def add_contour(self):
-        """Lay pieces from a random point on, in a row, in a stack or as columns; or one faint ghost."""
+        """Add pieces from a random point on, in a row, in a stack or as columns; or one faint ghost."""
         rng, scale = self.rng, self.scale
         z, x = (N_CELLS - 4) * rng.random(2), N_CELLS * rng.random(2)
         best = np.argmax(self.crowd[z.astype(int), x.astype(int)])
@@ -75,7 +75,7 @@ class Figure:
     def _add_strip(self, z, x, length, half, slope, bend, level):
         """A strip, blob or lens of half length and half thickness that leans to the right."""
         rng = self.rng
-        end = length if rng.random() < 0.6 else min(length, half)  # so many cells of it are rounded
+        end = length if rng.random() < 0.6 else min(length, half)  # number of cells that are rounded
         lean, has_seam = rng.normal(0.31, 0.15), rng.random() < 0.4
         at = window(z, x, half + abs(slope) * length + abs(bend) * length**2 + 6, length + 5)
         if at is None:
@@ -128,7 +128,7 @@ def _draw_line(image, z, x, n_rows, slope, values):
 
 
 def _complete_letter(image, z, x, n_rows, lean):
-    """Make a dark stroke an A: a left leg, a darker lower half, a bright foot."""
+    """Turn a dark stroke into an A: a left leg, a darker lower half, a bright foot."""
     _draw_line(image, z + 1, x - 1, n_rows - 1, -lean, (0.1, -0.4, -0.1))
     rows = slice(max(z + n_rows // 2, 0), max(z + n_rows - 1, 0))
     columns = slice(max(int(x) - 6, 0), max(int(x) + 8, 0))

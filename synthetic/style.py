@@ -61,7 +61,7 @@ def draw_style(rng, version):
 
 
 def _pile(rng, n, scale):
-    """Dead leaves: n boxes and ellipses of random grey, each over those before it: (70, 70)."""
+    """Dead leaves: n boxes and ellipses of random grey, each painted over the ones before it: (70, 70)."""
     image = np.zeros((N_CELLS, N_CELLS))
     for _ in range(n):
         z, x = rng.uniform(-5, N_CELLS + 5, 2)
@@ -104,7 +104,7 @@ def _draw_a(rng):
 
 
 def _ground(rng, figure):
-    """Grey between a figure's pieces: brighter near them, fine slanting rain elsewhere: (70, 70)."""
+    """The ground around a figure's pieces: brighter near them, fine slanting strokes elsewhere: (70, 70)."""
     near = _smooth((figure.depth > 0).astype(np.float64), 4.0)
     drops = rng.standard_exponential((N_CELLS, N_CELLS)) * (rng.random((N_CELLS, N_CELLS)) < 0.027)
     rain = sum(share * np.roll(drops, (-k, k), (0, 1)) for k, share in enumerate(RAIN))

@@ -16,7 +16,7 @@ CENTRE = (N_CELLS - 1) / 2
 
 
 class FileMaps:
-    """A sequence of velocity maps (1, 70, 70) from several files, each read when it is asked for."""
+    """A sequence of velocity maps (1, 70, 70) from several files, each read on demand."""
 
     def __init__(self, files):
         self.files = files  # [(velocity file, sample indices), ...]
@@ -43,7 +43,7 @@ def _sample(field, z, x):
 
 
 def _warp(field, matrix=((1, 0), (0, 1)), dz=0.0, dx=0.0):
-    """Give each cell the value where `matrix`, about the centre, and a move (dz, dx) take it."""
+    """Give each cell the value at the place to which `matrix`, about the centre, and (dz, dx) move it."""
     z, x = np.mgrid[:N_CELLS, :N_CELLS] - CENTRE
     (a, b), (c, d) = matrix
     return _sample(field, a * z + b * x + CENTRE + dz, c * z + d * x + CENTRE + dx)
@@ -88,7 +88,7 @@ def _fault(rng, field, other):
 
 
 def _recolour(field, rng):
-    """Draw new velocities in the old order, for each layer, or along a random rising curve."""
+    """Draw new velocities in the same order, one for each layer, or along a random rising curve."""
     old = np.unique(field)
     if len(old) > MAX_LAYER_VELOCITIES:
         old = np.unique(np.quantile(field, np.linspace(0, 1, 7)))

@@ -7,12 +7,12 @@ import sys
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-OLD_CARDS = "https://download.pytorch.org/whl/cu126"  # torch for P100 (6.0) and V100 (7.0), too
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the others compute as they are
+OLD_CARDS = "https://download.pytorch.org/whl/cu126"  # torch builds that include P100 (6.0) and V100 (7.0)
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # other precisions need no autocast
 
 
 def pick_device(name, local_rank=0):
-    """auto, cpu, cuda or mps -> torch.device; raises ValueError where it is not there, or cannot be used."""
+    """auto, cpu, cuda or mps -> torch.device; raises ValueError if it is missing or cannot be used."""
     if name in ("auto", "cuda"):
         check_driver()
     if name == "auto":
@@ -33,7 +33,7 @@ def pick_device(name, local_rank=0):
 
 
 def check_driver():
-    """Raise ValueError where there is a card that its driver keeps torch from using, such as one too old."""
+    """Raise ValueError if there is a card that torch cannot use because of its driver, such as an old one."""
     if torch.version.cuda is None or torch.cuda.is_available():
         return
     try:
@@ -52,7 +52,7 @@ def check_card(index):
     card = torch.cuda.get_device_capability(index)
     names = [arch.rstrip("af").split("_") for arch in torch.cuda.get_arch_list()]  # as sm_90a, compute_120
     built = [(kind, (int(number[:-1]), int(number[-1]))) for kind, number in names]
-    # machine code serves later minor versions, PTX ("compute") all later cards
+    # machine code runs on later minor versions, PTX ("compute") on all later cards
     if not built or any(c <= card and (kind == "compute" or c[0] == card[0]) for kind, c in built):
         return
     remedy = "a newer torch"
@@ -68,15 +68,15 @@ def check_card(index):
 def pick_precision(name, device):
     """Resolve `auto` and switch TF32: float32, tf32, bfloat16 or float16.
 
-    auto is the 16 bits a CUDA card computes natively, and float32 elsewhere: on
-    CPUs bfloat16 was measured slower. Raises ValueError for what the device lacks.
+    auto is the 16-bit format that a CUDA card computes natively, and float32 elsewhere: on CPUs bfloat16 was
+    measured to be slower. Raises ValueError for a precision that the device lacks.
     """
     on_cuda = device.type == "cuda"
     has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         name = ("bfloat16" if has_bfloat16 else "float16") if on_cuda else "float32"
     if name == "tf32" and not on_cuda:
-        raise ValueError(f"--precision=tf32 is CUDA's, this is {device.type}; use float32 or bfloat16")
+        raise ValueError(f"--precision=tf32 needs CUDA, this is {device.type}; use float32 or bfloat16")
     if name == "bfloat16" and on_cuda and not has_bfloat16:
         raise ValueError("--precision=bfloat16: this card only emulates it; use float16")
     if name in AUTOCAST:
@@ -93,17 +93,17 @@ def pick_precision(name, device):
 
 
 def to_device(tensor, device):
-    """A CPU tensor on a device, without waiting for what is queued on a CUDA card."""
+    """Copy a CPU tensor to a device, on CUDA without waiting for the work that is queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # from memory that is not pinned, the copy would wait; on MPS, one that does not wait may be corrupt
+        # only copies from pinned memory do not wait; on MPS, a copy that does not wait may be corrupt
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class HostCopy:
-    """A tensor's values for the CPU: copied from a card when the work queued so far is done.
+    """A copy of a tensor on the CPU. On CUDA the copy is queued behind the work given to the card so far.
 
-    `get` waits for that, not for what is queued after the copy.
+    `get` waits for the copy, but not for work that was queued after it.
     """
 
     def __init__(self, tensor):
@@ -120,10 +120,11 @@ class HostCopy:
 
 
 def keep_memory():
-    """Keep freed memory for the next step; glibc gives large blocks back, and each page costs a fault."""
+    """Keep freed memory for the next step: glibc returns large blocks to the system, and getting them again
+    costs a page fault for each page."""
     try:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    except (OSError, TypeError):  # Windows has no library of the process itself
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    except (OSError, TypeError):  # on Windows a process has no library of its own
         return
     if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -131,7 +132,7 @@ def keep_memory():
 
 @contextlib.contextmanager
 def settings_restored():
-    """Leave torch and Python set as they were: threads, TF32, determinism, the current card."""
+    """Restore torch's and Python's settings at the end: threads, TF32, determinism, the current card."""
     card = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     n_threads, switch_s = torch.get_num_threads(), sys.getswitchinterval()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

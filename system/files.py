@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, kept by one program at a time."""
+"""Files written whole or not at all, and folders reserved for one program at a time."""
 
 import contextlib
 import errno
@@ -17,25 +17,25 @@ try:
 except ImportError:  # Windows: no file locks
     fcntl = None
 
-PART = ".part"  # of a hidden file that is being written
+PART = ".part"  # ending of a hidden file that is being written
 
 
 def check_writable(folder):
-    """Raise ValueError unless `folder`, there or not yet, may be written to; makes nothing."""
+    """Raise ValueError unless `folder`, which need not exist yet, can be written to; creates nothing."""
     folder = Path(folder).absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written, {there} is no writable folder; give another path")
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written, {existing} is no writable folder; give another path")
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode="wb"):
-    """Yield an open file that becomes `path`, on disk and whole, when the block ends well.
+    """Yield an open file that becomes `path`, complete and on disk, when the block ends without an error.
 
-    Mode "w" is UTF-8 text. Until then the bytes lie beside `path` in a hidden file with a random name, made
-    exclusively, so that no link planted there is followed and two writers never share one; the last to end
-    wins. Its writer holds a lock on it: what a killed one left behind is removed by the next to write there.
-    A link at `path` is replaced, not followed. Raises OSError that names `path`.
+    Mode "w" is UTF-8 text. Until then the bytes are in a hidden file in the same folder. Its name is random
+    and it is created exclusively, so that no link planted there is followed and two writers never share it;
+    the last one to finish wins. The writer holds a lock on it: what a killed writer left behind is removed
+    by the next one. A link at `path` is replaced, not followed. Raises OSError that names `path`.
     """
     path = Path(path)
     place = path.parent.resolve()  # /dev/stdout may be a link to a file: the link itself would be replaced
@@ -52,7 +52,7 @@ def write_atomic(path, mode="wb"):
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
-                    file.close()  # Windows renames closed files only
+                    file.close()  # Windows only renames closed files
                 os.replace(part, path)  # still locked, so that nobody takes it for a leftover
                 _sync_folder(path.parent)
         finally:
@@ -64,38 +64,38 @@ def write_atomic(path, mode="wb"):
 
 
 def _make_part(path, mode):
-    """Make and lock a file beside `path` under a name that nobody can foresee: (its path, the open file)."""
+    """Create and lock a file with a random name in the folder of `path`: (its path, the open file)."""
     while True:
-        # a part of the name tells people what it is; the whole could be too long for one
+        # part of the name shows people what it is; the whole name could be too long
         part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{PART}")
         with contextlib.suppress(FileExistsError):
             file = open(part, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
-            # between its making and its locking it could be taken for a leftover: then make another
+            # before it was locked it may have been removed as a leftover: then create another one
             if _lock(file) and os.fstat(file.fileno()).st_nlink:
                 return part, file
             file.close()
 
 
 def _lock(file):
-    """Whether we hold the file's lock now; where there are no locks, we do."""
+    """Try to lock a file; returns whether we hold the lock, also True where locks do not exist."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (OSError, AttributeError):  # this file system, or Windows, has none
+    except (OSError, AttributeError):  # neither all file systems nor Windows have locks
         return True
     return True
 
 
-@functools.cache  # once a folder and program: a folder may hold very many files
+@functools.cache  # once for each folder, which may hold very many files
 def sweep_parts(folder):
-    """Remove what killed writers left in a folder."""
+    """Remove the unfinished files that killed writers left in a folder."""
     for part in folder.glob(f".*{PART}"):
         if not re.fullmatch(rf"\..+\.[0-9a-f]{{16}}{PART}", part.name) or part.is_symlink():
             continue
-        with contextlib.suppress(OSError):  # that of a living writer, or of another user
+        with contextlib.suppress(OSError):  # it belongs to a living writer or to another user
             if fcntl is None:
-                part.unlink()  # Windows removes no file that is open
+                part.unlink()  # Windows does not remove open files
                 continue
             with open(part, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +103,7 @@ def sweep_parts(folder):
 
 
 def _sync_folder(folder):
-    """Bring a rename to the disk; not every file system can."""
+    """Make sure that a rename in this folder is on disk; not every file system can do that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -114,9 +114,10 @@ def _sync_folder(folder):
 
 @contextlib.contextmanager
 def sole_use(folder, patience_s=5.0):
-    """Keep `folder`, made where missing, for this process; ValueError tells who else is writing there.
+    """Reserve `folder`, created if missing, for this process; ValueError names a process that has it already.
 
-    The lock ends with the process, however it ends. Another's is waited for a little: it may be dying.
+    The lock ends with the process, however that ends. We wait a little for another process, which may be
+    ending just now.
     """
     path = Path(folder) / ".lock"
     deadline = time.monotonic() + patience_s
@@ -132,7 +133,7 @@ def sole_use(folder, patience_s=5.0):
                     )
                 time.sleep(0.1)
             if not os.fstat(file.fileno()).st_nlink:
-                continue  # its last user ended well and removed it
+                continue  # the process before us finished and removed the folder
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -150,7 +151,7 @@ def sha256(path):
 
 
 def read_lines(path):
-    """The lines of a text file, none where it is missing; what is not UTF-8 is replaced."""
+    """The lines of a text file, none if it is missing; bytes that are not UTF-8 are replaced."""
     path = Path(path)
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
@@ -170,7 +171,7 @@ def write_json(path, values):
 
 
 def append_json(path, record):
-    """Append one line to a .jsonl file; OSError names it. A line that was cut short is ended first."""
+    """Append a line to a .jsonl file, after ending a last line that was cut short. OSError names the file."""
     try:
         with open(path, "a+b", buffering=0) as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))

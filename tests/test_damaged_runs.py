@@ -86,7 +86,7 @@ def first(name, make):
 REFUSED = {
     **{f"no {name}": (lambda state, name=name: state.pop(name), f"{name} is a NoneType, expected")
        for name in NAMES if name not in ("optimizer", "samples")},
-    "no optimizer": (lambda state: state.pop("optimizer"), "holds weights only, expected all of a run"),
+    "no optimizer": (lambda state: state.pop("optimizer"), "holds only weights, expected the state of a run"),
     **{f"{name} is None": (whole(**{name: None}), f"{name} is a NoneType, expected") for name in NAMES[:6]},
     "cfg is None": (whole(cfg=None), "cfg is a NoneType, expected dict"),
     "cfg is a list": (whole(cfg=[1]), "cfg is a list, expected dict"),
@@ -103,8 +103,8 @@ REFUSED = {
     "another architecture": (change("cfg", arch="resnet"), "--arch=resnet: expected one of unet"),
     "architecture a number": (change("cfg", arch=3), "arch = 3 is a int"),
     "progress empty": (whole(progress={}), "step = None, validated = None"),
-    "step 10^9": (change("progress", step=10**9), "is of step 1000000000, and the run has 8; start anew"),
-    "step 10^30": (change("progress", step=10**30), "and the run has 8"),
+    "step 10^9": (change("progress", step=10**9), "of step 1000000000, but the run has only 8 steps; start"),
+    "step 10^30": (change("progress", step=10**30), "but the run has only 8"),
     "step negative": (change("progress", step=-1), "step = -1"),
     "step 3.0": (change("progress", step=3.0), "step = 3.0"),
     "step True": (change("progress", step=True), "step = True"),
@@ -140,7 +140,7 @@ REFUSED = {
     "scale 0": (change("scaler", scale=0.0), "scale 0.0"),
     "scale a word": (change("scaler", scale="x"), "or damaged"),
     "growth a word": (change("scaler", _growth_tracker="x"), "growth x"),
-    "another batch": (whole(global_batch=3), "samples a step: 3 there, 2 here"),
+    "another batch": (whole(global_batch=3), "samples a step: 3 in the run, 2 now"),
     "batch a word": (whole(global_batch="2"), "global_batch is a str, expected int"),
     "samples a word": (whole(samples={"training": "x"}), "other training samples than before"),
     "samples None": (whole(samples={"training": None}), "other training samples than before"),

@@ -21,7 +21,7 @@ def test_a_missing_device_is_refused(monkeypatch):
 
 
 def test_precisions_a_device_lacks_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="--precision=tf32 is CUDA's"):
+    with pytest.raises(ValueError, match="--precision=tf32 needs CUDA"):
         pick_precision("tf32", torch.device("cpu"))
 
     def lacks(*args, **kwargs):

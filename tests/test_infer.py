@@ -298,7 +298,7 @@ def test_pseudo_labels_are_exact_pairs_and_a_root_for_training(run, tmp_path, ca
         (["--fit=f.json"], "--fit needs the true maps"),
         (["--use=none.json"], "none.json"),
         (["--tta=flip"], "--tta=flip: expected names of"),
-        (["--ensemble_weights=1,2"], "expected 1, one a checkpoint"),
+        (["--ensemble_weights=1,2"], "expected 1 numbers, one for each checkpoint"),
         (["--ensemble_weights=0"], "not all 0"),
         (["--pseudo_family=Flat"], "unknown family 'Flat'"),
     ],

@@ -14,6 +14,7 @@ from conftest import ROOT, kaggle_folder, words_for
 from ranks import Ranks, free_port, kill_this_process, nothing, simulate_at_once
 
 import infer
+import inference.run
 import parallel.work
 import synth
 import waves
@@ -160,7 +161,7 @@ def test_a_slow_process_takes_fewer_batches_and_holds_nobody(words, tmp_path):
 
 
 def log_puts_or_die(path, rank):
-    parallel.work.LAST_WORDS_S = 0.5
+    parallel.work.ERROR_GRACE_S = 0.5
     log_puts(path, rank)
     if rank == 1:
         Results.put = kill_this_process
@@ -206,26 +207,26 @@ def refused(world, words, folder, before, *expected):
 
 
 def add_option(which, option, rank):
-    parallel.work.LAST_WORDS_S = 0.5
+    parallel.work.ERROR_GRACE_S = 0.5
     if rank == which:
         sys.argv.append(option)
 
 
 def other_code(rank):
-    parallel.work.LAST_WORDS_S = 0.5
+    parallel.work.ERROR_GRACE_S = 0.5
     if rank == 1:
-        infer.code_version = lambda: "another"
+        inference.run.code_version = lambda: "another"
 
 
 def other_gathers(rank):
-    parallel.work.LAST_WORDS_S = 0.5
+    parallel.work.ERROR_GRACE_S = 0.5
     if rank == 1:
-        read = infer.GatherDataset._read_into
-        infer.GatherDataset._read_into = lambda self, i, row: [1, *read(self, i, row)[1:]]
+        read = inference.run.GatherDataset._read_into
+        inference.run.GatherDataset._read_into = lambda self, i, row: [1, *read(self, i, row)[1:]]
 
 
 def homes_of_their_own(folder, rank):
-    parallel.work.LAST_WORDS_S, parallel.work.SEEN_S = 0.5, 0.2
+    parallel.work.ERROR_GRACE_S, parallel.work.SEEN_S = 0.5, 0.2
     home = folder / f"home{rank}"
     (home / "s.csv.work").mkdir(parents=True)
     os.chdir(home)
@@ -277,7 +278,7 @@ def log_simulated(path, rank):
 
 def log_simulated_or_die(path, rank):
     """Rank 1 is lost in its first file."""
-    parallel.work.LAST_WORDS_S = 0.5
+    parallel.work.ERROR_GRACE_S = 0.5
     log_simulated(path, rank)
     if rank == 1:
         waves.simulate = kill_this_process

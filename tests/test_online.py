@@ -422,7 +422,7 @@ def test_vary_on_the_command_line_writes_exact_pairs_and_the_same_ones_again(fil
         f"--vary={files}",
         "--n_per_family=0",
         out,
-        words=["say --n_per_family=N"],
+        words=["give --n_per_family=N"],
     )
 
 

@@ -67,7 +67,7 @@ def place(tmp_path, checkpoint, monkeypatch):
         (["--out=fit.json", "--use=fit.json"], "--out: fit.json is an input"),
         (["--ckpt=misfit.png", "--figures=."], "--figures: misfit.png is an input"),
         (["--fit=./s.csv", "--truth=maps"], "--fit and --out both write s.csv"),
-        (["--input=old.csv.work", "--out=old.csv"], "old.csv.work: inputs lie in"),
+        (["--input=old.csv.work", "--out=old.csv"], "old.csv.work: inputs are in"),
         (["--out=last.pt"], "last.pt: is there already and no submission; give another path"),
         (["--out=pairs/FlatVel_A/data/data1.npy"], "data1.npy: is there already and no submission"),
         (["--fit=last.pt", "--truth=maps"], "last.pt: is there already and no file of --fit"),

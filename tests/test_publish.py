@@ -50,7 +50,9 @@ def test_a_file_that_is_not_its_cards_is_refused_by_name(published):
     content = bytearray(out.read_bytes())
     content[-1] ^= 1
     out.write_bytes(content)
-    with pytest.raises(ValueError, match="small.safetensors: its SHA-256 is .*, small.json beside it says"):
+    with pytest.raises(
+        ValueError, match="small.safetensors: its SHA-256 is .*, small.json in its folder says"
+    ):
         load_described(out)
 
 

@@ -156,7 +156,7 @@ def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, caps
     monkeypatch.undo()
     _, out = run("--tta")
     told = capsys.readouterr().out
-    assert "network0" in told and "of other options or files; starting afresh" in told
+    assert "network0" in told and "made with other options or files; starting afresh" in told
     assert out.read_bytes() == run("--tta", name="fresh.csv")[1].read_bytes()
 
 
@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(checkpoint, tmp_path, mo
                 run_program(main)
             line = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress bar
             assert stop.value.code == 2 and line.startswith("infer.py: error: "), line
-            assert "not written (No space left on device); free some space and give the same command" in line
+            assert "not written (No space left on device); free some space and run the same command" in line
             assert not list(disk.glob("*.csv")) and not list(disk.rglob("*.part"))
             done = next(disk.glob("s.csv.work/network0-*.bin")).read_bytes().strip(b"\0")
             assert done  # kept
@@ -341,7 +341,7 @@ def test_a_gather_replaced_by_another_of_the_same_size_and_time_is_predicted_aga
     os.utime(path, (1e9, 1e9))
     puts = predicted()
     assert len(puts) == 2 and puts[0].startswith("network0-") and puts[1].startswith("final-")
-    assert f"{path}: another gather than before; predicting 1 again" in capsys.readouterr().out
+    assert f"{path}: not the same gather as before; predicting 1 again" in capsys.readouterr().out
     assert (
         predicted(name="fresh.csv")
         and (tmp_path / "s.csv").read_bytes() == (tmp_path / "fresh.csv").read_bytes()

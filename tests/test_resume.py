@@ -112,7 +112,7 @@ def test_checkpoints_from_before_values_were_told_go_on(stopped, tmp_path):
 def test_checkpoints_from_before_the_digest_go_on_with_the_same_folders_only(stopped, tmp_path):
     folder, state, words = stopped
     save_checkpoint(folder / "last.pt", {k: v for k, v in state.items() if k != "samples"})
-    with pytest.raises(ValueError, match="too old to tell.*give --data_root="):
+    with pytest.raises(ValueError, match="too old to show.*give --data_root="):
         train.main([f"--data_root={tmp_path}/./data/../data", *words, "--resume=auto"])
     train.main([f"--data_root={tmp_path / 'data'}", *words, "--resume=auto"])
     assert last_step(folder) == 8
@@ -122,7 +122,7 @@ def test_what_is_given_again_must_agree(stopped, tmp_path):
     folder, state, words = stopped
     cfg = Config(lr=5e-4, resume="auto")
     cfg.given = frozenset(["lr"])
-    with pytest.raises(ValueError, match="another configuration .lr: 0.001 there, 0.0005 here"):
+    with pytest.raises(ValueError, match="another configuration .lr: 0.001 in the run, 0.0005 now"):
         resumed_config(cfg, folder, state)
     cfg.given = frozenset()
     assert resumed_config(cfg, folder, state).lr == 1e-3
@@ -143,7 +143,9 @@ def test_runs_of_older_versions_go_on_unless_a_dropped_option_decided_them(stopp
     train.main([f"--run_root={folder.parent}", "--resume=auto", "--device=cpu", "--threads=1"])
     assert last_step(folder) == 8 and len(list(folder.parent.iterdir())) == 1
     state["cfg"]["warmup_epochs"] = 0.5
-    with pytest.raises(ValueError, match="trained with --warmup_epochs=0.5, which is gone; start anew"):
+    with pytest.raises(
+        ValueError, match="trained with --warmup_epochs=0.5, which no longer exists; start a new"
+    ):
         resumed_config(Config(), folder, state)
 
 

@@ -718,9 +718,9 @@ def test_given_files_that_cannot_be_used_are_refused(tmp_path):
     ("options", "message"),
     [
         ([], "nothing to do"),
-        (["--out=o"], "say --n_per_family=N, or --maps=FILE"),
-        (["--out=o", "--n_per_family=2", "--keys=model1"], "go with --maps"),
-        (["--out=o", "--n_per_family=0"], "say --n_per_family=N"),
+        (["--out=o"], "give --n_per_family=N, or --maps=FILE"),
+        (["--out=o", "--n_per_family=2", "--keys=model1"], "need --maps"),
+        (["--out=o", "--n_per_family=0"], "give --n_per_family=N"),
         (["--out=o", "--n_per_family=2", "--per_file=0"], "--per_file=0: expected a positive number"),
         (["--out=o", "--n_per_family=2", "--seed=-1"], "--seed=-1: expected 0 or more"),
         (["--out=o", "--n_per_family=10000000"], "--n_per_family=10000000: expected at most 1e"),
@@ -783,5 +783,5 @@ def test_real_maps_are_drawn_beside_ours(tmp_path):
     assert (tmp_path / "pair.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"no <Family>\.npz in it"):
         synth.main([f"--figure={tmp_path / 'none.png'}", f"--real={tmp_path / 'nothing'}"])
-    with pytest.raises(ValueError, match="--real goes with --figure"):
+    with pytest.raises(ValueError, match="--real needs --figure"):
         synth.main([f"--out={tmp_path / 'o'}", f"--real={tmp_path}"])

@@ -197,7 +197,9 @@ def test_bad_options_are_one_line(files, finished, tmp_path, refuses):
     refuse("--family_weights=Style_B", words=["expected NAME:WEIGHT"])
     refuse("--eval_only", words=["--eval_only needs a checkpoint"])
     refuse(f"--resume={tmp_path}", words=["no last.pt to resume from"])
-    refuse(f"--resume={finished}", "--lr=5e-4", words=["another configuration (lr: 0.001 there, 0.0005 here"])
+    refuse(
+        f"--resume={finished}", "--lr=5e-4", words=["another configuration (lr: 0.001 in the run, 0.0005 now"]
+    )
     refuse(f"--ckpt={finished / 'best.pt'}", "--width=32", words=["leave out --width"])
     refuse(
         f"--run_root={finished / 'best.pt'}",
@@ -210,7 +212,7 @@ def test_bad_options_are_one_line(files, finished, tmp_path, refuses):
     (tmp_path / "x" / "cfg.json").write_bytes((finished / "cfg.json").read_bytes())
     cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
     refuse(f"--resume={tmp_path / 'x'}", f"--decoder_channels={','.join(map(str, cfg['decoder_channels']))}",
-           words=["holds weights only"])  # fmt: skip
+           words=["holds only weights"])  # fmt: skip
 
 
 def test_the_figure_shows_one_row_a_family(files):

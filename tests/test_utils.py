@@ -80,7 +80,7 @@ def test_signals_that_are_ignored_and_those_of_other_threads_stay_as_they_are():
         (
             "print('ready', flush=True); [print('x' * 9999) for _ in range(99)]",
             141,
-            "stopped, for nobody reads",
+            "stopped, since nobody reads",
         ),
         ("print('ready', flush=True); time.sleep(0.5); print('the last line')", 0, ""),
     ],

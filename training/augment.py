@@ -1,7 +1,7 @@
 """Augmentation of shot gathers on the device: batched, seeded, off by default.
 
-The augmentation of a sample depends only on seed, step and place in the global batch. A gather that would not
-stay finite, or would become zero throughout, is left unchanged.
+The augmentation of a sample depends only on seed, step and place in the global batch. A gather that would
+become zero throughout or not finite is left unchanged.
 """
 
 import torch
@@ -21,8 +21,9 @@ WATER_LEVEL = 3e-3  # times the wavelet's peak spectrum: weaker frequencies are 
 def _stretch(seis, vel, u, extra, seeds, cfg):
     """Multiply velocities and divide times by c, log-uniform in the part of cfg.stretch that a map allows.
 
-    This is the same experiment, except that the wavelet is stretched too, which a filter restores: within 1 %
-    of the simulation for c within 5 % of one, and within 2 % for 15 %. For c > 1 the record ends in zeros.
+    This is the same experiment, except that the wavelet is stretched too. A filter restores it: the result is
+    within 1 % of a simulation if c differs from one by up to 5 %, and within 2 % for 15 %. For c > 1 the
+    record ends in zeros.
     """
     slowest, fastest = vel.amin((1, 2, 3)), vel.amax((1, 2, 3))
     low = (V_MIN / slowest).clamp(cfg.stretch[0], 1)
@@ -47,9 +48,9 @@ def _gain(seis, vel, u, extra, seeds, cfg):
 
 
 def _noise(seis, vel, u, extra, seeds, cfg):
-    """Add Gaussian noise, white or in the wavelet's band, with a level of its own on every trace."""
+    """Add Gaussian noise, white or in the wavelet's band, at another level on every trace."""
     noise, spread = torch.empty_like(seis), torch.empty_like(seis[:, :, :1])
-    for i, seed in enumerate(seeds.tolist()):  # the same for a sample, however the batch is divided
+    for i, seed in enumerate(seeds.tolist()):  # a sample gets the same noise however the batch is divided
         generator = torch.Generator(seis.device).manual_seed(seed)
         noise[i].normal_(generator=generator)
         spread[i].normal_(generator=generator)
@@ -82,11 +83,11 @@ KINDS = {
     "shot_drop": _shot_drop,
     "receiver_drop": _receiver_drop,
 }
-# for each kind a choice and a strength; the colour of the noise; which shots; which receivers
+# for each kind a choice and a strength; then the colour of the noise, which shots, which receivers
 N_DRAWS = 2 * len(KINDS) + 1 + 5 + 70
 
 
-# ---------------------------------------------------------------- their parts
+# ---------------------------------------------------------------- parts of several kinds
 
 
 def resample(seis, speed, delay=None):
@@ -114,7 +115,7 @@ def _kept(order, n_lost):
     return (order.argsort(1).argsort(1) >= n_lost[:, None]).float()
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all kinds together
 
 
 def is_on(cfg):
@@ -131,19 +132,19 @@ def augment(seis, vel, cfg, draws, seeds):
     """Augment gathers (B, S, T, R) with their maps (B, 1, Z, X) m/s, both float32 on the device.
 
     draws (B, N_DRAWS) and seeds (B,) on the CPU come from `draw`, probabilities and ranges from cfg. A gather
-    that would not stay finite, or would become zero throughout, is returned unchanged, with its map.
+    that would become zero throughout or not finite is returned unchanged, with its map.
     """
     given = seis, vel
     seis, vel = seis.clone(), vel.clone()
     choice, strength, extra = draws.split([len(KINDS), len(KINDS), N_DRAWS - 2 * len(KINDS)], 1)
     for k, (kind, change) in enumerate(KINDS.items()):
-        rows = (choice[:, k] < getattr(cfg, f"{kind}_p")).nonzero()[
-            :, 0
-        ]  # on the CPU: the device is not asked
+        # chosen on the CPU: on the device, nonzero() would have to wait for all queued work
+        rows = (choice[:, k] < getattr(cfg, f"{kind}_p")).nonzero()[:, 0]
         if len(rows):
             u, more = to_device(strength[rows, k], seis.device), to_device(extra[rows], seis.device)
-            there = to_device(rows, seis.device)
-            seis[there], vel[there] = change(seis[there], vel[there], u, more, seeds[rows], cfg)
+            on_device = to_device(rows, seis.device)
+            changed = change(seis[on_device], vel[on_device], u, more, seeds[rows], cfg)
+            seis[on_device], vel[on_device] = changed
     peak = seis.abs().amax((1, 2, 3))
     good = (peak.isfinite() & (peak > 0))[:, None, None, None]  # of NaN, the largest is NaN
     return torch.where(good, seis, given[0]), torch.where(good, vel, given[1])

@@ -17,8 +17,8 @@ from utils import SIGPIPE, StopSignals, drop_output, say_on_stderr
 class BadSteps:
     """Count updates skipped for a non-finite gradient, log their samples, and stop after too many in a row.
 
-    A step is checked when the next one has been queued, so that the device never waits for the check. Every
-    rank sees the same gradient norm, so that all decide alike.
+    A step is checked after the next one has been queued, so that the device never waits for the check. Every
+    rank sees the same gradient norm, so all of them decide alike.
     """
 
     def __init__(self, trainer, items, log):
@@ -26,7 +26,7 @@ class BadSteps:
         self.waiting, self.in_row, self.total = None, 0, 0
 
     def add(self, norm, losses, batches, indices):
-        """Check the step before, and keep this one to be checked later."""
+        """Check the previous step, and keep this one for the next check."""
         self.check()
         scale = self.trainer.scaler.get_scale
         self.waiting = (self.trainer.step, HostCopy(norm), scale, losses, batches, indices)
@@ -63,12 +63,12 @@ class BadSteps:
             culprit = find_culprit(self.trainer, batches)
             raise ArithmeticError(
                 f"step {step}: {self.in_row} steps in a row with a non-finite loss or gradient; {culprit}; "
-                f"samples {', '.join(samples[:4])}; {self.log.folder}/last.pt is from before"
+                f"samples {', '.join(samples[:4])}; {self.log.folder}/last.pt was saved before them"
             )
 
 
 def find_culprit(trainer, batches):
-    """Name the parameter, layer or gradient of the network that is not finite first on these batches."""
+    """Name the first parameter, layer or gradient of the network that is not finite on these batches."""
     network = trainer.network
     for name, p in network.named_parameters():
         if not p.isfinite().all():
@@ -97,7 +97,7 @@ def find_culprit(trainer, batches):
 
 
 class Output:
-    """Standard output whose failure does not end a run; if it is closed, as by `| head`, the run stops."""
+    """Standard output whose errors do not end a run; if it is closed, as by `| head`, the run stops."""
 
     def __init__(self, stream, stop):
         self.stream, self.stop, self.failed = stream, stop, False
@@ -128,7 +128,7 @@ class Output:
 
 
 class Stop(StopSignals):
-    """A stop that all ranks agree on, after a signal to any of them or when nobody reads the output."""
+    """A stop that all ranks agree on: after a signal to any of them, or when nobody reads the output."""
 
     def __init__(self, process):
         super().__init__("the current step or validation")

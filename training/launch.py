@@ -1,4 +1,4 @@
-"""Before training starts: options that cannot work together."""
+"""Checks before training starts: options that cannot work together, missing tools, too little memory."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from training.online import cache_folder
 
 
 def adapted(cfg):
-    """The configuration with what its switches imply."""
+    """The configuration with the options that its switches imply."""
     changes = {"epochs": 1, "log_every": 1} if cfg.smoke else {}
     if cfg.overfit:
         changes |= {"flip_p": 0.0, "batch_size": min(cfg.batch_size, cfg.overfit)}
@@ -29,7 +29,7 @@ def check_config(cfg):
     if cfg.eval_only and not cfg.ckpt:
         raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
     for root in (*(() if cfg.synth_per_family else cfg.data_root), *cfg.val_root):
-        check_folder(root)  # before the network's weights are looked for
+        check_folder(root)  # a missing data folder is reported before missing weights
     check_model(cfg)
     parse_family_weights(cfg.family_weights)
     check_writable(cfg.run_root)
@@ -64,10 +64,10 @@ def check_compile(cfg, device):
         return
     try:
         torch.compile(lambda x: x.sin() + 1, mode=cfg.compile)(torch.ones(8, device=device))
-    except Exception as error:  # each backend raises its own
+    except Exception as error:  # each backend raises errors of its own types
         raise ValueError(
             f"--compile={cfg.compile} does not work on {device.type} here ({first_line(error)}); "
-            "install what it misses, or leave --compile out"
+            "install what is missing, or leave --compile out"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Training and validation samples: made or found, read ahead by threads, copied to the device."""
+"""Training and validation samples: simulated or found, read ahead by threads, copied to the device."""
 
 import functools
 import math
@@ -32,8 +32,8 @@ class PairDataset(Dataset):
     """Items as (seis (5, T, R), vel (1, 70, 70) float32 m/s, family index, item index).
 
     seis is float32, or float16 if all files are, which halves the bytes to copy. A bad sample raises
-    ValueError, unless `bad` is "replace" (by another, chosen by its index) or "omit" (from the batch);
-    `skipped` counts bad reads of each file.
+    ValueError, unless `bad` is "replace" (take another one, chosen by its index) or "omit" (leave it out of
+    the batch); `skipped` counts the bad reads of each file.
     """
 
     def __init__(self, items, bad="raise"):
@@ -45,8 +45,8 @@ class PairDataset(Dataset):
         modes = {pair.mode: pair for pair in used}
         if len(modes) > 1:
             raise ValueError(
-                f"{modes.popitem()[1].seis}: other input mode than {modes.popitem()[1].seis}: packed and "
-                "unpacked files do not mix; give one kind, or pack the others too"
+                f"{modes.popitem()[1].seis}: another input mode than {modes.popitem()[1].seis}: packed and "
+                "unpacked files do not mix; give files of one kind, or pack the others too"
             )
         self.shape = MODE_SHAPES[next(iter(modes), "full")]
 
@@ -58,7 +58,7 @@ class PairDataset(Dataset):
         return seis[0], vel[0], int(family), int(index)
 
     def read_batch(self, indices, memory=torch.empty):
-        """Read items as a batch of tensors, each straight to its place in `memory(n, dtype=...)`."""
+        """Read items as a batch of tensors, each directly into its place in `memory(n, dtype=...)`."""
         n, n_seis = len(indices), math.prod(self.shape) * self.dtype.itemsize
         both = memory(n * (n_seis + 4 * math.prod(MAP_SHAPE)), dtype=torch.uint8)
         seis = both[: n * n_seis].view(self.dtype).view(n, *self.shape)
@@ -77,7 +77,7 @@ class PairDataset(Dataset):
         for n_tries in range(MAX_REPLACEMENTS):
             pair, index = self.items[i]
             try:
-                # a sample that was finite stays finite, since a changed file is refused
+                # need not be checked twice, since files that change are refused
                 read_into(pair, index, seis, vel, check=not self.finite[i])
                 self.finite[i] = True
                 return i
@@ -99,14 +99,14 @@ class PairDataset(Dataset):
 
 
 class Recycled:
-    """Memory of batches, reused once no tensor holds it: new memory would cost a page fault a page."""
+    """Memory for batches, reused when no tensor holds it any more: new memory costs a page fault per page."""
 
     def __init__(self, n_kept):
         self.n_kept, self.kept, self.lock = n_kept, [np.empty(0, np.uint8)], threading.Lock()
         self.idle = self.holders(0)
 
     def holders(self, k):
-        return sys.getrefcount(self.kept[k])  # a tensor of the array holds it
+        return sys.getrefcount(self.kept[k])  # a tensor made from the array counts as a reference
 
     def __call__(self, n, dtype):
         for pause_ms in (1, 2, 4, 8, 16, 32, 64):
@@ -122,21 +122,21 @@ class Recycled:
 
 
 class Loader:
-    """Batches (seis, vel, family, item index), read ahead by `workers` threads; 0 reads when asked.
+    """Batches (seis, vel, family, item index), read ahead by `workers` threads, or on demand with 0 workers.
 
-    Reading does not hold Python's lock, so that threads do the work of processes without copies between them.
-    Each worker holds one batch. For a CUDA `device` batches lie in pinned memory; with `ahead` a stream of
-    its own has already copied them to the device during the training step, all but the item index.
+    Reading does not hold Python's lock, so threads are as fast as processes and need no copies between them.
+    Each worker holds one batch. For a CUDA `device` batches are in pinned memory; with `ahead` they have been
+    copied to the device, except for the item index, by another stream during the training step before.
     """
 
     def __init__(self, dataset, batch_sampler, workers, device=None, ahead=True):
         if device is not None and device.type != "cuda":
             device = None
         if workers:
-            # a thread that has read should get Python's lock at once, not after the usual 5 ms
+            # a thread that has finished reading should get Python's lock at once, not after the usual 5 ms
             sys.setswitchinterval(min(sys.getswitchinterval(), 3e-4))
         self.dataset, self.batch_sampler, self.workers, self.device = dataset, batch_sampler, workers, device
-        # torch reuses pinned memory itself, once the copies from it have ended
+        # torch itself reuses pinned memory once the copies from it have finished
         self.memory = (
             functools.partial(torch.empty, pin_memory=True) if device else Recycled(max(workers, 1) + 1)
         )
@@ -147,12 +147,12 @@ class Loader:
 
     def __iter__(self):
         for batch, event in self.read_ahead() if self.workers else map(self.fetch, self.batch_sampler):
-            if len(batch[-1]):  # otherwise none of its samples could be read
+            if len(batch[-1]):  # empty if none of its samples could be read
                 yield self.hand_over(batch, event)
-                batch = None  # so that it is released while the next one is awaited
+                batch = None  # frees its memory while we wait for the next one
 
     def read_ahead(self):
-        # a new thread's card is card 0, on which pinning memory would open a context
+        # new threads use card 0, where pinning memory would open a context
         on_card = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if self.device else {}
         pool, ahead = ThreadPoolExecutor(self.workers, "loader", **on_card), deque()
         try:
@@ -186,11 +186,11 @@ class Loader:
         return batch
 
 
-# ---------------------------------------------------------------- both together
+# ---------------------------------------------------------------- samples and loaders of a run
 
 
 def prepare_data(cfg, process):
-    """Training and validation items; first makes the synthetic data set if the configuration asks for one."""
+    """Training and validation items; first simulates a data set if the configuration asks for one."""
     if cfg.synth_per_family:
         if process.is_main:
             families = cfg.families or FAMILIES
@@ -206,14 +206,14 @@ def prepare_data(cfg, process):
         train_items, val_items = train_items[: 3 * n_global], val_items[:n_global]
     if (cfg.online or is_on(cfg)) and any(pair.mode != "full" for pair in train_items.pairs):
         raise ValueError(
-            "augmentation and online simulation need whole gathers, data_root holds a packed copy of "
-            f"--mode={cfg.mode}; give the original files, or switch them off"
+            "augmentation and online simulation need whole gathers, data_root holds a packed copy for "
+            f"--mode={cfg.mode}; give the original files, or switch both off"
         )
     return train_items, val_items
 
 
 def make_loaders(cfg, process, train_items, val_items):
-    """Training and validation loaders; validation is shared among ranks without padding."""
+    """Training and validation loaders; validation samples are divided among ranks without padding."""
     n_global = cfg.batch_size * cfg.accumulate * process.world
     if len(train_items) < n_global or not len(val_items):
         raise ValueError(

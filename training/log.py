@@ -1,4 +1,4 @@
-"""What training reports: log lines, log.jsonl, Weights & Biases, the share of the card's peak."""
+"""Reports of training: log lines, log.jsonl, Weights & Biases, the share of the card's peak speed."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from openfwi.npy import GATHER_SHAPE
 from report.figures import prediction_figure
 from system.files import append_json, read_lines, write_atomic, write_json
 
-PEAK_TFLOPS = {  # dense, by the card's name: (float32 or tf32 matrix units off, tf32, 16 bit)
+PEAK_TFLOPS = {  # peak speed without sparsity, by the card's name: (float32, tf32, 16 bits)
     "H200": (67, 495, 989),
     "H100": (67, 495, 989),
     "A100": (19.5, 156, 312),
@@ -34,11 +34,11 @@ def peak_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
-        import resource  # POSIX alone
+        import resource  # Windows does not have it
     except ImportError:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kB elsewhere
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, kB on Linux
 
 
 def peak_flops(device, precision):
@@ -60,7 +60,7 @@ def training_flops(network, mode, device):
 
 
 def step_of(line):
-    """The step of a line of log.jsonl; infinity of a line that is no record, such as one cut short."""
+    """The step in a line of log.jsonl; infinity if the line is no record, for example cut short."""
     try:
         step = json.loads(line)["step"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -69,7 +69,7 @@ def step_of(line):
 
 
 class Log:
-    """Log lines, log.jsonl and Weights & Biases, with what is counted between two lines; rank 0 writes."""
+    """Log lines, log.jsonl and Weights & Biases, and what is counted between lines; only rank 0 writes."""
 
     def __init__(self, folder, trainer):
         self.folder, self.trainer, self.first_step = folder, trainer, trainer.step
@@ -91,10 +91,10 @@ class Log:
             self.attempt(self.run.finish, int(error[0] is not None))
 
     def attempt(self, write, *args):
-        """Do something that training can do without: a failure is printed once, and training continues."""
+        """Call `write`, which training does not need: a failure is printed once, and training continues."""
         try:
             return write(*args)
-        except Exception as error:  # of the disk, of matplotlib, of Weights & Biases: of any kind
+        except Exception as error:  # disk, matplotlib and Weights & Biases raise errors of many types
             what = getattr(error, "filename", None) or write.__qualname__
             if what not in self.failed:
                 self.failed.add(what)
@@ -103,7 +103,7 @@ class Log:
                 print(f"{what}: not written ({reason}); training goes on without it", flush=True)
 
     def drop_after(self, step):
-        """Remove the records of steps that a resumed run repeats, and lines that are no records."""
+        """Remove records of steps that a resumed run will repeat, and lines that are no records."""
         path = self.folder / "log.jsonl"
         if path.exists():
             kept = [line for line in read_lines(path) if step_of(line) <= step]
@@ -129,7 +129,7 @@ class Log:
             self.attempt(self.run.log, flat, values["step"])
 
     def write_validation(self, score, mean_score, rows):
-        """Write what a validation leaves besides weights: metrics.json, a record, and a figure of `rows`."""
+        """Write the results of a validation: metrics.json, a record, and a figure of `rows`."""
         record = {
             "step": self.trainer.step,
             "val_mae": score["all"][0],
@@ -223,7 +223,7 @@ def make_profiler(log):
 
 
 def describe(cfg, trainer, n_train, n_val):
-    """A line that tells what is about to be trained."""
+    """A line that describes the training about to start."""
     process, n_parameters = trainer.process, sum(p.numel() for p in trainer.network.parameters())
     name = cfg.backbone if cfg.arch == "unet" else cfg.arch
     return (
@@ -235,7 +235,7 @@ def describe(cfg, trainer, n_train, n_val):
 
 
 def count_skipped(trainer, loader, log):
-    """Print and log how many bad samples all ranks have replaced so far."""
+    """Print and log how many bad samples all ranks together have replaced so far."""
     process = trainer.process
     mine = torch.tensor(float(sum(loader.dataset.skipped.values())), device=process.device)
     n = int(process.sum(mine).item())

@@ -8,8 +8,8 @@ from utils import FAMILIES, check_family
 def roughness(vel, edge_m_s=0.0):
     """Mean absolute difference of neighbouring cells: (B, 1, Z, X) m/s -> (B,) m/s.
 
-    With `edge_m_s` > 0, a difference d counts as edge·tanh(|d| / edge): an interface costs at most `edge_m_s`
-    and is not smeared out. Source: a bounded potential as in Geman & McClure (1985).
+    With `edge_m_s` > 0, a difference d counts as edge·tanh(|d| / edge): an interface costs no more than
+    `edge_m_s`, so it is not smeared out. This is a bounded potential as in Geman & McClure (1985).
     """
     total = 0
     for dim in (2, 3):

@@ -14,8 +14,8 @@ def _matrix(tensor, p):
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on hidden matrices and kernels, AdamW on everything else, as one optimizer.
 
-    Muon (Jordan et al., 2024) is torch's own. It takes matrices only, so that kernels (out, in, k, k) are
-    given to it as views (out, in·k·k) of the same storage.
+    Muon (Jordan et al., 2024) is torch's implementation. It takes only matrices, so it is given kernels
+    (out, in, k, k) as views (out, in·k·k) of the same memory.
     """
 
     def __init__(self, hidden, groups, lr, weight_decay):
@@ -27,11 +27,11 @@ class MuonAdamW(torch.optim.Optimizer):
         adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
         self.parts = {"muon": muon, "adamw": adamw}
 
-    _step_supports_amp_scaling = True  # the scaler leaves it to `step` to skip what is not finite
+    _step_supports_amp_scaling = True  # then the scaler leaves it to `step` to skip non-finite gradients
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; taken back where the scaler's `found_inf` says so, without waiting for the device."""
+        """One step; if the scaler's `found_inf` is set, the device undoes it, and the CPU need not wait."""
         muon, adamw = self.parts.values()
         found_inf = adamw.found_inf = getattr(self, "found_inf", None)
         for view, p in zip(self.views, self.param_groups[0]["params"], strict=True):
@@ -58,9 +58,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def load_state(optimizer, state):
-    """Give an optimizer the state of another one like it; its options, as rates and `fused`, stay its own.
+    """Load a saved state into an optimizer, which keeps its own options such as rates and `fused`.
 
-    Raises ValueError and what torch raises where the state does not fit: a wrong shape could end the process.
+    Raises ValueError, or an error of torch, if the state does not fit: a wrong shape could crash the process.
     """
     if isinstance(optimizer, MuonAdamW):
         return optimizer.load_state_dict(state)
@@ -81,9 +81,9 @@ def load_state(optimizer, state):
 
 
 def build_optimizer(network, cfg):
-    """AdamW with decay on matrices and kernels only, or Muon with AdamW for the rest.
+    """AdamW with weight decay on matrices and kernels only, or Muon with AdamW for the other parameters.
 
-    Raises ValueError where this torch has no Muon.
+    Raises ValueError if this torch has no Muon.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     matrices = [p for _, p in named if p.ndim > 1]
@@ -94,11 +94,11 @@ def build_optimizer(network, cfg):
             raise ValueError(
                 f"--optimizer=muon: torch {torch.__version__} has no Muon; use torch 2.9 or adamw"
             )
-        # a depthwise kernel has a row of its own for each channel, which is left to AdamW
+        # depthwise kernels, whose channels are not mixed, and single rows are left to AdamW
         hidden = [p for p in matrices if p.shape[1] > 1 and len(p) > 1]
         rest = [p for p in matrices if p.shape[1] == 1 or len(p) == 1]
         return MuonAdamW(hidden, [{"params": rest}, vectors], **common)
-    # fused: one kernel, and a step with a non-finite gradient is left out without waiting for the device
+    # fused: one kernel, which skips a non-finite gradient on the device without waiting for the CPU
     return torch.optim.AdamW([{"params": matrices}, vectors], fused=True, **common)
 
 

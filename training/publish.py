@@ -1,8 +1,8 @@
-"""Weights to share: `python -m training.publish --ckpt=RUN/best.pt --out=weights/NAME.safetensors`.
+"""Publish weights: `python -m training.publish --ckpt=RUN/best.pt --out=weights/NAME.safetensors`.
 
-They are stored in float16, half a checkpoint's bytes. The card beside them, NAME.json, holds the network's
-options, which `infer.py` and `train.py` read, the file's SHA-256, which they check, and where the weights
-come from. --accuracy takes what `python bench.py accuracy --json=FILE` wrote of the same weights.
+They are stored in float16, half the size of a checkpoint. The card NAME.json, written to the same folder,
+holds the network's options, which `infer.py` and `train.py` read, the file's SHA-256, which they check, and
+the origin of the weights. --accuracy takes the file that `python bench.py accuracy --json=FILE` wrote.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class PublishOptions(Options):
 
 
 def half(state):
-    """Weights in float16, whole numbers as they are; ValueError, naming the tensor, where they overflow."""
+    """Weights in float16, whole numbers unchanged; raises ValueError, naming the tensor, if one overflows."""
     halved = {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
     for name, tensor in halved.items():
         if not tensor.isfinite().all():
@@ -58,18 +58,18 @@ def stage(folder):
     records = [json.loads(line) for line in read_lines(folder / "log.jsonl")]
     records = [record for record in records if "samples_per_s" in record]
     if not rows or not records:
-        raise ValueError(f"{folder}: no run's folder, its env.txt or log.jsonl is missing or empty")
+        raise ValueError(f"{folder}: not a run folder, its env.txt or log.jsonl is missing or empty")
     last = load_checkpoint(folder / "last.pt")
-    told = {name: rows[name] for name in ("command", "commit", "torch", "device") if name in rows}
-    told["command"] = re.sub(r"=/\S*/", "=", told["command"])  # folders of one machine mean nothing elsewhere
+    entry = {name: rows[name] for name in ("command", "commit", "torch", "device") if name in rows}
+    entry["command"] = re.sub(r"=/\S*/", "=", entry["command"])  # paths of one machine mean nothing elsewhere
     steps = np.diff([0, *(record["step"] for record in records)])
     seconds = steps * last["global_batch"] / [record["samples_per_s"] for record in records]
-    told["samples"] = last["progress"]["step"] * last["global_batch"]
-    return told | {"hours": round(float(seconds.sum()) / 3600, 2)}
+    entry["samples"] = last["progress"]["step"] * last["global_batch"]
+    return entry | {"hours": round(float(seconds.sum()) / 3600, 2)}
 
 
 def publish(args):
-    """Write weights and card; returns the card. Raises ValueError for a checkpoint that no run wrote."""
+    """Write weights and card; returns the card. Raises ValueError for a checkpoint of no training run."""
     path, out = Path(args.ckpt), Path(args.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out}: expected a name that ends in .safetensors")

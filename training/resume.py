@@ -1,4 +1,4 @@
-"""Resuming a run: finding it, and checking its checkpoint, its options and the samples it trained on."""
+"""Resuming a run: finding it, and checking its checkpoint, its options and its samples."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from openfwi.files import some_samples
 from system.files import read_lines
 from training.runs import launch_line, run_folders
 
-STATE = {  # what a checkpoint of a run holds, and its type
+STATE = {  # what a checkpoint of a run holds: its type
     "model": dict,
     "ema": dict,
     "optimizer": dict,
@@ -22,12 +22,12 @@ STATE = {  # what a checkpoint of a run holds, and its type
     "global_batch": int,
     "cfg": dict,
 }
-COUNTS = ("step", "validated", "since_best")  # of the progress
-ERRORS = ("best_mae", "best_saved_mae")  # of the progress; older versions had the first alone
-OLDEST_OPTIONS = {"seed", "arch", "lr", "epochs", "batch_size"}  # that all versions had
-# Not compared by name, since files are compared by their contents.
+COUNTS = ("step", "validated", "since_best")  # in the progress
+ERRORS = ("best_mae", "best_saved_mae")  # in the progress; older versions saved only the first
+OLDEST_OPTIONS = {"seed", "arch", "lr", "epochs", "batch_size"}  # present in all versions
+# Files are compared by their contents instead of these folders' names.
 COMPARED_OTHERWISE = ("data_root", "val_root")
-# Options of a call, not of the run that it starts or resumes.
+# Options of one call, not of the run that it starts or resumes.
 OF_THIS_CALL = (
     *("run_root", "device", "gpus", "threads", "workers", "resume", "ckpt"),
     *("eval_only", "dry_run", "profile", "pretrained"),
@@ -60,7 +60,7 @@ def find_run(cfg):
 
 
 def latest_state(folder):
-    """The newest sound checkpoint of a run folder; raises ValueError where there is none."""
+    """The newest intact checkpoint of a run folder; raises ValueError if there is none."""
     failures = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         if not path.exists():
@@ -78,10 +78,12 @@ def latest_state(folder):
 
 
 def check_state(path, state):
-    """Raise ValueError unless a checkpoint holds all of a run, whole."""
+    """Raise ValueError unless a checkpoint holds the whole state of a run, undamaged."""
     if not isinstance(state, dict) or "optimizer" not in state:
-        kind = "weights only" if isinstance(state, dict) and "model" in state else "no run"
-        raise ValueError(f"{path}: holds {kind}, expected all of a run; start from weights by --ckpt={path}")
+        kind = "only weights" if isinstance(state, dict) and "model" in state else "no run"
+        raise ValueError(
+            f"{path}: holds {kind}, expected the state of a run; start from weights with --ckpt={path}"
+        )
     faults = [
         f"{name} is a {type(state.get(name)).__name__}, expected {kind.__name__}"
         for name, kind in STATE.items()
@@ -93,12 +95,12 @@ def check_state(path, state):
         faults += progress_faults(state["progress"])
     if faults:
         raise ValueError(
-            f"{path}: a damaged checkpoint ({', '.join(faults)}); start from its weights by --ckpt={path}"
+            f"{path}: a damaged checkpoint ({', '.join(faults)}); start from its weights with --ckpt={path}"
         )
 
 
 def progress_faults(progress):
-    """What is wrong with the progress that a checkpoint tells, in words."""
+    """What is wrong with the progress saved in a checkpoint: a list of texts."""
     faults = [f"{name} = {progress.get(name)!r}" for name in COUNTS if not is_count(progress.get(name))]
     if not faults and max(progress[name] for name in COUNTS) > progress["step"]:
         faults = [", ".join(f"{name} = {progress[name]}" for name in COUNTS)]
@@ -112,21 +114,22 @@ def is_count(value):
 
 
 def resumed_config(cfg, folder, state):
-    """`cfg` with the options that a run was started with; those of this call that decide it must agree.
+    """`cfg` with the options that a run was started with.
 
-    Raises ValueError, naming what differs, for another configuration.
+    Options given in this call that decide the run's result must agree with them. Raises ValueError, naming
+    what differs, if they do not.
     """
     saved, decisive = state["cfg"], fields_that_decide(TRAINING)
     differs = [
-        f"{name}: {saved[name]} there, {getattr(cfg, name)} here"
+        f"{name}: {saved[name]} in the run, {getattr(cfg, name)} now"
         for name in decisive
         if name in cfg.given and name in saved and name not in COMPARED_OTHERWISE
         and saved[name] != getattr(cfg, name)
     ]  # fmt: skip
     if saved.get("warmup_epochs"):
         raise ValueError(
-            f"{folder}: trained with --warmup_epochs={saved['warmup_epochs']}, which is gone; "
-            f"start anew from its weights by --ckpt={folder}/last.pt"
+            f"{folder}: trained with --warmup_epochs={saved['warmup_epochs']}, which no longer exists; "
+            f"start a new run from its weights with --ckpt={folder}/last.pt"
         )
     if differs:
         raise ValueError(
@@ -151,7 +154,7 @@ def resumed_config(cfg, folder, state):
 
 
 def describe_samples(items):
-    """What tells `items` from others, wherever their files lie: {"files", "samples", "digest", "values"}.
+    """What identifies `items`, wherever their files are: {"files", "samples", "digest", "values"}.
 
     The digest covers, in order, each file's family, name, length and first velocity map, and the rows used;
     "values" each file's first gather, and its first, middle and last map.
@@ -171,14 +174,14 @@ def describe_samples(items):
 
 
 def check_resumed(folder, state, trainer):
-    """Raise ValueError unless a run would go on with the samples and steps that it began with."""
-    remedy = f"bring them back, or start anew from its weights by --ckpt={folder}/last.pt"
+    """Raise ValueError unless a run would continue with the samples and steps that it began with."""
+    remedy = f"restore them, or start a new run from its weights with --ckpt={folder}/last.pt"
     saved = state.get("samples")
     for what, mine in trainer.samples.items():
         if not isinstance(saved, dict):
             break
         there = saved[what] if isinstance(saved.get(what), dict) else {}
-        if mine | there != mine or not there:  # older versions told no values
+        if mine | there != mine or not there:  # older versions saved no values
             counts = [
                 f"{found.get('samples')} of {found.get('files')} files {where}"
                 for found, where in ((there, "there"), (mine, "here"))
@@ -190,17 +193,17 @@ def check_resumed(folder, state, trainer):
         there, here = state["cfg"].get(name, ()), getattr(trainer.cfg, name)
         if list(there) != list(here):
             raise ValueError(
-                f"{folder}: another --{name}, and its checkpoint is too old to tell whether the files are "
+                f"{folder}: another --{name}, and the checkpoint is too old to show whether the files are "
                 f"the same; give --{name}={','.join(map(str, there))}"
             )
     if state["global_batch"] != trainer.global_batch:
         raise ValueError(
-            f"{folder}: another configuration (samples a step: {state['global_batch']} there, "
-            f"{trainer.global_batch} here); change --batch_size, --accumulate or the number of processes"
+            f"{folder}: another configuration (samples a step: {state['global_batch']} in the run, "
+            f"{trainer.global_batch} now); change --batch_size, --accumulate or the number of processes"
         )
     step = state["progress"]["step"]
     if step > trainer.n_steps:
         raise ValueError(
-            f"{folder}: its checkpoint is of step {step}, and the run has {trainer.n_steps}; "
-            f"start anew from its weights by --ckpt={folder}/last.pt"
+            f"{folder}: its checkpoint is of step {step}, but the run has only {trainer.n_steps} steps; "
+            f"start a new run from its weights with --ckpt={folder}/last.pt"
         )

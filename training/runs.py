@@ -1,4 +1,4 @@
-"""Run folders: making them, finding them again, and writing checkpoints into them."""
+"""Run folders: creating them, finding them again, and writing checkpoints into them."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def check_reload(cfg, folder, trainer, loader):
     load_weights(network, averaged_weights(checkpoint), str(folder / "best.pt"))
     seis = preprocess(next(iter(loader))[0].to(trainer.process.device).float(), cfg.mode)
     if not torch.equal(network(seis), trainer.ema.module.eval()(seis)):
-        raise ValueError(f"{folder}/best.pt: predicts otherwise after reloading")
+        raise ValueError(f"{folder}/best.pt: predicts another map after reloading; please report this")
     print("smoke: trained, validated, saved, reloaded and predicted")
 
 
@@ -70,7 +70,7 @@ def new_run_folder(root, name):
 
 
 def environment(device):
-    """Commit, versions and device, one `name: value` a line, for env.txt."""
+    """Commit, versions and device as lines of `name: value`, for env.txt."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = (
@@ -101,13 +101,13 @@ def launch_line():
 
 
 def save_last(trainer, folder):
-    """Write last.pt on rank 0; the one before becomes previous.pt. A full disk does not end training."""
+    """Write last.pt on rank 0; the previous one becomes previous.pt. A full disk does not end training."""
     trainer.saved_s = time.monotonic()
     if not trainer.process.is_main:
         return
     weights = trainer.network.state_dict().values()
     if not torch.stack([v.isfinite().all() for v in weights]).all():
-        return  # spoilt weights must not replace good ones; BadSteps stops such a run
+        return  # weights that are not finite must not replace good ones; BadSteps stops such a run
     save(folder / "last.pt", trainer.state(), keep_as=folder / "previous.pt")
 
 
@@ -125,5 +125,5 @@ def save(path, state, keep_as=None):
         save_checkpoint(path, state, keep_as)
         return True
     except OSError as error:
-        print(f"{path}: not written ({error.strerror}); the one before stays; free some space", flush=True)
+        print(f"{path}: not written ({error.strerror}), the old one is kept; free some space", flush=True)
         return False

@@ -1,4 +1,4 @@
-"""Which samples each training step takes."""
+"""Which samples each training step uses."""
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -14,8 +14,8 @@ class TrainBatches(Sampler):
     """The batches of this rank in one epoch, `accumulate` for each step, from step `start` on.
 
     The order depends on seed and epoch only, so that the samples of a step are the same however they are
-    divided among ranks and accumulated batches. An incomplete last step is dropped. `families`, the samples'
-    families, are needed for `sample_weights`.
+    divided among ranks and accumulated batches. An incomplete last step is dropped. `families`, the family
+    index of each sample, is needed only with `sample_weights`.
     """
 
     def __init__(self, n, cfg, process, families=None):
@@ -36,8 +36,8 @@ class TrainBatches(Sampler):
     def order(self):
         """The n samples of the epoch in order, for all ranks.
 
-        With weights, a family gives fewer samples than it has, the first of a new shuffle each epoch, or
-        more: all of them and then some again.
+        With weights, a family may give only part of its samples, the first of a new shuffle each epoch, or
+        more than it has: then all of them, and some once more.
         """
         rng = np.random.default_rng((self.cfg.seed, self.epoch))
         if not self.draws:
@@ -56,18 +56,19 @@ def draws_of(families, words):
     words: ("test_mix",) for the competition's mix, or FAMILY:WEIGHT each; families not named have weight 1.
     Raises ValueError for other words, and if all weights are zero.
     """
-    there, counts = np.unique(families, return_counts=True)
+    present, counts = np.unique(families, return_counts=True)
     if tuple(words) == ("test_mix",):
         rest = (100 - sum(TEST_MIX.values())) / (len(FAMILIES) - len(TEST_MIX))
-        shares = np.array([TEST_MIX.get(FAMILIES[f], rest) for f in there])
+        shares = np.array([TEST_MIX.get(FAMILIES[f], rest) for f in present])
     else:
         weights = family_numbers("sample_weights", words, 1)
-        shares = counts * np.array([weights[FAMILIES[f]] for f in there])
+        shares = counts * np.array([weights[FAMILIES[f]] for f in present])
     if not shares.sum():
         raise ValueError(
-            f"--sample_weights={','.join(map(str, words))}: no family that is there has a weight"
+            f"--sample_weights={','.join(map(str, words))}: all families in the data have weight 0; "
+            "give one of them a positive weight"
         )
     exact = shares / shares.sum() * len(families)
     drawn = np.floor(exact).astype(int)
     drawn[np.argsort(drawn - exact, kind="stable")[: len(families) - drawn.sum()]] += 1  # largest remainders
-    return dict(zip(there.tolist(), drawn.tolist(), strict=True))
+    return dict(zip(present.tolist(), drawn.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The state of a training run, which checkpoints hold, and the preparation of its batches."""
+"""The state of a training run, as checkpoints hold it, and the preparation of batches."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ class Trainer:
     def __init__(self, cfg, process, steps_per_epoch, network=None, samples=None):
         self.cfg, self.process = cfg, process
         self.step, self.validated, self.best_mae, self.since_best = 0, 0, math.inf, 0
-        self.best_saved_mae = math.inf  # of best.pt, which a full disk may have kept from being the best
+        self.best_saved_mae = math.inf  # of best.pt; larger than best_mae if the disk was full
         self.saved_s = time.monotonic()
         self.steps_per_epoch, self.n_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.global_batch = cfg.batch_size * cfg.accumulate * process.world
@@ -40,12 +40,13 @@ class Trainer:
         if cfg.ckpt:
             load_weights(self.network, averaged_weights(load_checkpoint(cfg.ckpt)), cfg.ckpt)
         self.buffers = [b for b in self.network.buffers() if b.is_floating_point()]
-        # the average stays in float32 and carries buffers; made before DDP and compilation rename anything
+        # The average stays in float32 and includes buffers. It is made before DDP and compilation, which
+        # rename parameters.
         self.ema = ModelEmaV3(self.network, decay=cfg.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.network, cfg)
         self.schedule = Schedule(self.optimizer, cfg, self.n_steps)
-        # The scaler skips non-finite steps in every precision; only float16 needs a scale. It starts near its
-        # later value, since torch's default of 65536 would cost the first seven steps.
+        # The scaler skips non-finite steps in every precision; only float16 needs a scale. It starts near the
+        # value it will reach: torch's default, 65536, would cost the first seven steps.
         scale = 512.0 if self.dtype is torch.float16 else 1.0
         self.scaler = torch.amp.GradScaler(process.device.type, init_scale=scale)
         self.forward, self.no_sync = self.network, contextlib.nullcontext
@@ -72,11 +73,11 @@ class Trainer:
         return losses, (prediction.detach() - vel).abs().mean((1, 2, 3))
 
     def batch_statistics(self):
-        """The running statistics of batch norm as one vector; None for a network without."""
+        """The running statistics of batch norm as one vector; None for a network without batch norm."""
         return torch.cat([b.flatten() for b in self.buffers]) if self.buffers else None
 
     def share_statistics(self, before, keep):
-        """Average the statistics of batch norm over all ranks, or restore those `before` unless `keep`."""
+        """Average the statistics of batch norm over all ranks; unless `keep`, restore those of `before`."""
         if self.buffers:
             mean = self.process.sum(self.batch_statistics()) / self.process.world
             pieces = torch.where(keep, mean, before).split([b.numel() for b in self.buffers])
@@ -85,7 +86,8 @@ class Trainer:
             )
 
     def prepare(self, micro, seis, vel, family):
-        """Bring a batch to the device and augment it, by seed, step and place in the global batch."""
+        """Copy a batch to the device and augment it; the seed, the step and the place in the global batch
+        decide how."""
         cfg, process = self.cfg, self.process
         seis, vel, family = (to_device(t, process.device) for t in (seis, vel, family))
         shape, mine = (cfg.accumulate, process.world, len(seis)), (micro, process.rank)
@@ -128,7 +130,7 @@ class Trainer:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name}: optimizer or scaler of another kind, or damaged ({error}); "
-                f"start from its weights by --ckpt={name}/last.pt"
+                f"start from its weights with --ckpt={name}/last.pt"
             ) from None
         for key in PROGRESS:
             setattr(self, key, state["progress"].get(key, state["progress"]["best_mae"]))
