@@ -289,7 +289,7 @@ class Config(Options):
         0.0, "inversion: minutes for all gathers, largest expected gain first; 0 = no limit", decides=()
     )
     refine_iterations: int = inference(
-        600, "inversion: steps cell by cell for gathers that no search explains; 0 = none"
+        40, "inversion: most steps cell by cell for gathers that no search explains; 0 = none"
     )
     misfit: int = inference(
         0,

@@ -91,7 +91,7 @@ def predict(run, k):
     job |= {"recognises": run.needs_families}
     fields = [MAP_FIELD, ("errors", "f8", (len(ensemble.views),)), ("family", "i1"), *GATHER_FIELDS]
     results = run.results(f"network{k}", job, fields, lambda kept: forget_changed(kept, run.gathers))
-    batches = results.todo(in_order(range(len(run.gathers)), None, cfg.batch_size))
+    batches = results.todo(in_order(range(len(run.gathers)), cfg.batch_size))
     if not batches:
         return results
     member.load()
@@ -155,13 +155,13 @@ def finish(run, predictions):
             Refiner(run.process, cfg, kept).forget_unfinished()
 
     results = run.results("final", job, fields, forget)
-    batches, refiner = in_order(range(n), None, cfg.batch_size), None
+    batches, refiner = in_order(range(n), cfg.batch_size), None
     if cfg.refine != "none":
         refiner = Refiner(run.process, cfg, results)
         for member in ensemble.members:
             member.load()
         order = by_gain(run, predictions, refiner, job) if refiner.has_budget else range(n)
-        batches = refiner.batches(order, ensemble.families(predictions), run.device)
+        batches = refiner.batches(order)
     batches, misfits = results.todo(batches), []
     with run.taking(results, batches, "final", disable=not run.needs_misfit) as (mine, bar):
         gathers = ((numbers, None, None) for numbers in mine)
@@ -191,7 +191,7 @@ def by_gain(run, predictions, refiner, job):
     n, expected = len(run.gathers), predictions[0]["gather"]
     fields = [("gain", "f8"), GATHER_FIELDS[0]]
     results = run.results("gain", job, fields, lambda kept: kept.forget((kept["gather"] != expected).any(1)))
-    batches = results.todo(in_order(range(n), None, run.cfg.batch_size))
+    batches = results.todo(in_order(range(n), run.cfg.batch_size))
     with run.taking(results, batches, "gain") as (mine, bar):
         for numbers, seis, digests in run.read(mine, expected):
             vel = run.ensemble.join(predictions, numbers).to(run.device)

@@ -32,7 +32,7 @@ class InversionOptions(Options):
     starts: tuple = INVERSION(("mean",), "network, mean, smooth3, smooth10, … (σ in cells)")
     snr: tuple = INVERSION(("inf",), "signal-to-noise ratios, dB; inf = no noise")
     minutes: float = INVERSION(10.0, "most minutes a map")
-    n_iterations: int = INVERSION(30, "steps cell by cell")
+    n_iterations: int = INVERSION(40, "most steps cell by cell")
 
 
 def start_map(name, family, vel, seis, member):

@@ -8,32 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from inversion.feedback import feedback
-from inversion.invert import expected_gain, invert, is_searched
+from inversion.invert import expected_gain, invert
 from parallel.work import Total
 
 
-def in_order(numbers, families, size):
+def in_order(numbers, size):
     """Batches of `size` gathers, in the order of `numbers`."""
     return [numbers[k : k + size] for k in range(0, len(numbers), size)]
-
-
-def inversion_batches(numbers, families, size):
-    """Batches for `invert`, in the order of `numbers`.
-
-    A gather that is searched in few unknowns forms a batch of its own, so that its result is saved as soon as
-    its minutes are over. Gathers that are only fitted cell by cell form batches of `size`, each in the place
-    of its first gather.
-    """
-    batches, together = [], []
-    for i in numbers:
-        if is_searched(families[i]):
-            batches.append([i])
-        else:
-            if len(together) % size == 0:
-                together = []
-                batches.append(together)
-            together.append(i)
-    return batches
 
 
 def refine_feedback(model, seis, vel, families, cfg):
@@ -58,16 +39,15 @@ class Method:
     """
 
     refine: Callable
-    batches: Callable = in_order  # (numbers, families of all gathers, size) -> [[number, ...], ...]
-    size_without_cuda: int | None = None  # gathers refined together without CUDA; None = --batch_size
-    # (seis, vel) -> (B,), the expected gain per minute: --refine_budget is spent on the greatest first
+    size: int | None = None  # gathers refined together; None = --batch_size
+    # (seis, vel) -> (B,), the gain expected per minute. With it, --refine_budget goes to the greatest first
     gain: Callable | None = None
 
 
 REFINE = {
     "feedback": Method(refine_feedback),
-    # on a CPU, batches would save a quarter of the time at most, and an interruption would lose more
-    "inversion": Method(refine_inversion, inversion_batches, size_without_cuda=1, gain=expected_gain),
+    # one by one, so that each result is kept once its minutes are over
+    "inversion": Method(refine_inversion, size=1, gain=expected_gain),
 }
 
 
@@ -103,10 +83,9 @@ class Refiner:
             return math.inf
         return self.cfg.refine_budget - (self.spent_before_s + self.spent_ms.add() / 1000) / 60
 
-    def batches(self, numbers, families, device):
-        """The gathers `numbers` in batches that the method refines together; families: of all gathers."""
-        size = self.method.size_without_cuda if device.type != "cuda" else None
-        return self.method.batches(numbers, families, size or self.cfg.batch_size)
+    def batches(self, numbers):
+        """The gathers `numbers` in batches that the method refines together."""
+        return in_order(numbers, self.method.size or self.cfg.batch_size)
 
     def __call__(self, model, numbers, seis, vel, families):
         """Refine maps: (maps, whether each had enough time). Without budget left, they stay unchanged."""

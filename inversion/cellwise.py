@@ -1,226 +1,252 @@
-"""Waveform inversion cell by cell: misfit plus prior, minimised by L-BFGS for many samples at once."""
+"""Waveform inversion cell by cell: Gauss-Newton steps in the slowness squared of every cell.
+
+A step linearises the gather in 1/v² of all cells at once (`waves.map_jacobian`), and finds the map that
+explains it best among those that a prior deems likely: few sharp edges, or a Gaussian process. In 1/v², and
+not in v, the gather stays linear even where a cell changes from one layer to the next. The first steps see
+low frequencies and early arrivals alone, so that no echo is taken for its neighbour.
+
+Sources: Gauss-Newton in seismics, Pratt, Shin and Hicks (1998); from low to high frequencies, Bunks et al.
+(1995); early arrivals by exponential damping, Shin and Cha (2009).
+"""
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 import waves
 from utils import V_MAX, V_MIN
+from waves.derivatives import means_of
 
-WINDOWS = {300: 0.1, 500: 0.2, 750: 0.4, 1000: 1.0}  # time samples: share of the minutes when they end
-HISTORY = 8  # pairs that L-BFGS keeps
-SOURCE_ROW = waves.OPENFWI.source_row
-MARGIN = 1e-3  # share of the velocity range kept free at both ends, where the sigmoid is flat
+EVERY = 8  # samples whose mean is compared: 62.5 means a second hold the signal, which ends near 45 Hz
+# highest frequency in Hz and decay of the weights in 1/s of the first steps; all others see everything
+STAGES = ((5, 3.0), (8, 2.0), (12, 1.0), (20, 0.5))
+GAIN = 0.4  # a step aims at this share of the residual: a smaller one would trade the prior for noise
+SOLUTIONS = 4  # of a step: the prior and the bounds are fitted to the last one's map
+N_TRIALS = 3  # of a step, each shorter than the last
+FULL_STEP_M_S = 200.0  # standard deviation of a cell's change in the first trial
+V_MIN_M_S = 30.0  # standard deviation of the sponge's v_min about the map's smallest velocity
+RIDGE = 1e-6  # share added to the diagonal: float32 resolves no more
+LEAST_GAIN = 0.01  # of the residual; two steps in turn that gain less are the last
 
 
-def total_variation(vel, p=1.0, scale_m_s=20.0):
-    """Mean of ((difference / s)² + 1)^(p/2) - 1 over neighbours, s = scale_m_s: (B, 1, Z, X) m/s -> (B,).
+def time_weights(highest_hz, decay, acquisition=waves.OPENFWI):
+    """Weights (K, T') of the means of EVERY samples: a cosine transform, damped, up to a frequency.
 
-    The means over vertical and horizontal neighbours are added. p < 1 favours sharp edges. Source: Rudin,
-    Osher & Fatemi (1992); p < 1 as in Chartrand (2007).
+    The last mean holds sample 999, which in OpenFWI's data does not follow the scheme: it is left out.
     """
-    terms = [((vel.diff(dim=d) / scale_m_s).square() + 1).pow(p / 2).mean((1, 2, 3)) for d in (2, 3)]
-    return terms[0] + terms[1] - 2
+    n, duration_s = -(-acquisition.n_samples // EVERY), acquisition.n_samples * acquisition.dt_s
+    k = torch.arange(min(n, math.floor(min(2 * highest_hz * duration_s, n)) + 1))
+    t = torch.arange(n)
+    transform = torch.cos(math.pi * k[:, None] * (t + 0.5) / n) * math.sqrt(2 / n)
+    if len(k) < n:  # a smooth end, from 80 % on
+        share = (k / (2 * duration_s) / highest_hz - 0.8).clamp(0, 0.2) / 0.2
+        transform *= (0.5 + 0.5 * torch.cos(math.pi * share))[:, None]
+    transform *= torch.exp(-decay * duration_s / n * t)
+    transform[:, -1] = 0
+    return transform
 
 
-class Cells:
-    """The unknowns of layered maps: one for each cell, bounded by OpenFWI's range of velocities.
-
-    They are scaled by 1 + z/5 so that deep cells, whose gradient is small, move too. start: (B, 1, Z, X) m/s;
-    prior: f(maps (B, 1, Z, X) m/s) -> (B,), by default a total variation that favours few sharp edges.
-    """
-
-    def __init__(self, start, weight=3e-5, prior=lambda vel: total_variation(vel, 0.8)):
-        depth = 1 + torch.arange(start.shape[2], device=start.device, dtype=start.dtype) / 5
-        self.depth, self.weight, self.prior = depth[:, None], weight, prior
-        share = ((start - V_MIN) / (V_MAX - V_MIN)).clamp(MARGIN, 1 - MARGIN)
-        self.start = share.logit() / self.depth
-
-    def maps(self, unknown):
-        """Unknowns, shaped as the maps -> maps (B, 1, Z, X) m/s."""
-        return V_MIN + (V_MAX - V_MIN) * torch.sigmoid(unknown * self.depth)
-
-    def penalty(self, unknown):
-        """Unknowns -> weighted prior (B,)."""
-        return self.weight * self.prior(self.maps(unknown))
+@lru_cache(maxsize=2)
+def _neighbours(n_rows, n_columns, device):
+    """Numbers of the cells on both sides of each edge: (2, E)."""
+    cells = torch.arange(n_rows * n_columns, device=device).view(n_rows, n_columns)
+    sides = (cells[1:], cells[:-1]), (cells[:, 1:], cells[:, :-1])
+    return torch.stack([torch.cat([pair[k].reshape(-1) for pair in sides]) for k in (0, 1)])
 
 
-class Modes:
-    """The unknowns of smooth maps: modes of a Gaussian process around a linear trend with depth.
+class Edges:
+    """A prior for maps of few sharp edges: weight · Σ ((difference² + ε²) / (500 m/s)²)^(p/2).
 
-    The covariance is a squared exponential plus white noise. Each mode is divided by its standard deviation,
-    so that the prior is the mean square of the unknowns, and smooth modes, which waves see first, move first.
-    start: (B, 1, Z, X) m/s; deviation and nugget (of the white noise) in m/s, length in cells, by default as
-    measured on Style_B; Style_A has 183, 20 and 3.5. surface: the velocities at the sources (B, S) m/s, which
-    all maps then have there, or None. Source: kriging (Matheron, 1973).
+    The sum is over neighbouring cells. p < 1 favours one large step over several small ones; ε shrinks from
+    step to step. Source: Rudin, Osher & Fatemi (1992); p < 1 as in Chartrand (2007).
     """
 
-    def __init__(self, start, surface=None, deviation=158.0, length=1.96, nugget=58.0, weight=1e-5):
-        n, like = start.shape[-1], {"dtype": start.dtype, "device": start.device}
-        x = torch.arange(n, dtype=torch.float64)
-        covariance = torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2)
-        values, vectors = torch.linalg.eigh(covariance)
-        power = deviation**2 * values.clamp(min=0)[:, None] * values.clamp(min=0) + nugget**2
-        self.vectors, self.deviations, self.weight = vectors.to(**like), power.sqrt().to(**like), weight
-        rows = start.mean(3, keepdim=True)  # the trend is the line that fits the means of the rows best
-        z = torch.linspace(-1, 1, n, **like)[:, None]
-        self.mean = rows.mean(2, keepdim=True) + z * (rows * z).sum(2, keepdim=True) / z.square().sum()
-        self.start = self.vectors.T @ (start - self.mean) @ self.vectors / self.deviations
-        self.surface = surface if surface is None else torch.as_tensor(surface).to(**like)
-        cells = torch.tensor(waves.SOURCES)
-        at_cells = deviation**2 * covariance[SOURCE_ROW][:, None, None] * covariance[:, cells]  # (Z, X, S)
-        at_cells[SOURCE_ROW, cells, torch.arange(len(cells))] += nugget**2
-        self.gain = (at_cells @ at_cells[SOURCE_ROW, cells].inverse()).to(**like)
+    def __init__(self, weight=15.0, p=0.5, first_m_s=80.0, last_m_s=10.0, n_steps=10):
+        self.weight, self.p = weight, p
+        self.smallest = [first_m_s * (last_m_s / first_m_s) ** (k / (n_steps - 1)) for k in range(n_steps)]
 
-    def maps(self, unknown):
-        """Unknowns, shaped as the maps -> maps (B, 1, Z, X) m/s within OpenFWI's range."""
-        return self.unclamped(unknown).clamp(V_MIN, V_MAX)
+    def _squares(self, vel, step):
+        pairs, flat = _neighbours(*vel.shape, vel.device), vel.reshape(-1)
+        small = self.smallest[min(step, len(self.smallest) - 1)]
+        return pairs, ((flat[pairs[0]] - flat[pairs[1]]).square() + small**2) / 500**2
 
-    def unclamped(self, unknown):
-        """As `maps`, but velocities may leave OpenFWI's range."""
-        vel = self.mean + self.vectors @ (self.deviations * unknown) @ self.vectors.T
-        if self.surface is None:
-            return vel
-        missing = self.surface - vel[:, 0, SOURCE_ROW, list(waves.SOURCES)]
-        return vel + torch.einsum("zxs,bs->bzx", self.gain, missing)[:, None]
+    def value(self, vel, step):
+        """Minus the logarithm of the probability of a map (Z, X), up to a constant."""
+        return self.weight * self._squares(vel, step)[1].pow(self.p / 2).sum().item()
 
-    def penalty(self, unknown):
-        """Unknowns -> weighted prior (B,), with a term for velocities outside OpenFWI's range."""
-        vel = self.unclamped(unknown)
-        outside = ((vel - vel.clamp(V_MIN, V_MAX)) / 100).square().mean((1, 2, 3))
-        return self.weight * unknown.square().mean((1, 2, 3)) + 1e-3 * outside
+    def parabola(self, vel, step):
+        """Q and c, ½ (v - c)ᵀ Q (v - c) being the parabola that touches `value` at a map: (P, P), (P,).
+
+        Source: iteratively reweighted least squares (Weiszfeld, 1937).
+        """
+        (a, b), squares = self._squares(vel, step)
+        weights = self.weight * self.p / 500**2 * squares.pow(self.p / 2 - 1)
+        q = weights.new_zeros(vel.numel(), vel.numel())
+        for rows, columns, values in ((a, b, -weights), (b, a, -weights), (a, a, weights), (b, b, weights)):
+            q.index_put_((rows, columns), values, accumulate=True)
+        return q, vel.new_zeros(vel.numel())
+
+
+@lru_cache(maxsize=2)
+def _process_precision(n, deviation, length, nugget):
+    """The inverse covariance (n², n²) of a Gaussian process on n × n cells."""
+    x = torch.arange(n, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2))
+    values = values.clamp(min=0)
+    power = (deviation**2 * torch.outer(values, values) + nugget**2).view(-1)
+    both = torch.kron(vectors, vectors)
+    return ((both / power).float()) @ both.float().T
+
+
+class Smooth:
+    """A prior for maps like the Style families': a Gaussian process about a map (Z, Z).
+
+    deviation and nugget (of white noise) in m/s, length in cells. Source: kriging (Matheron, 1973).
+    """
+
+    def __init__(self, centre, deviation=150.0, length=2.0, nugget=50.0):
+        self.precision = _process_precision(len(centre), deviation, length, nugget).to(centre)
+        self.centre = centre.reshape(-1)
+
+    def value(self, vel, step):
+        """See `Edges.value`."""
+        away = vel.reshape(-1) - self.centre
+        return 0.5 * (away @ (self.precision @ away)).item()
+
+    def parabola(self, vel, step):
+        """See `Edges.parabola`."""
+        return self.precision, self.centre
 
 
 @dataclass
-class _Memory:
-    """L-BFGS's memory: the last steps and changes of the gradient, lists of (B, P), oldest first."""
+class _Linear:
+    """The weighted gather near a map: its residual, and all that its derivatives say of steps.
 
-    steps: list = field(default_factory=list)
-    changes: list = field(default_factory=list)
-
-    def add(self, step, change):
-        self.steps, self.changes = [*self.steps, step][-HISTORY:], [*self.changes, change][-HISTORY:]
-
-    def direction(self, gradient):
-        """-H gradient, (B, P), by the two-loop recursion (Nocedal, 1980), each sample for itself."""
-        q, alphas = gradient.clone(), []
-        for s, y in zip(reversed(self.steps), reversed(self.changes), strict=True):
-            curvature = (s * y).sum(1)
-            use = curvature > 1e-12 * y.norm(dim=1) * s.norm(dim=1)
-            rho = torch.where(use, 1 / curvature.where(use, torch.ones_like(curvature)), 0)
-            alpha = rho * (s * q).sum(1)
-            q = q - alpha[:, None] * y
-            alphas.append((rho, alpha))
-        if self.steps:
-            s, y = self.steps[-1], self.changes[-1]
-            ratio = (s * y).sum(1) / y.square().sum(1).clamp(min=1e-30)
-            q = q * ratio.clamp(min=1e-6)[:, None]
-        for (rho, alpha), s, y in zip(reversed(alphas), self.steps, self.changes, strict=True):
-            q = q + s * (alpha - rho * (y * q).sum(1))[:, None]
-        return -q
-
-
-class _Objective:
-    """What `descend` minimises, as a function of unknowns (B, P).
-
-    They are a sample's cells and, last, its minimum velocity as a share of OpenFWI's range.
+    A step is written in m/s, as the change of 1/v² times dv / d(1/v²); its last number is v_min's.
     """
 
-    def __init__(self, seis, cells):
-        self.seis, self.cells = seis, cells
-        v_min = cells.maps(cells.start).amin((1, 2, 3)).clamp(V_MIN, V_MAX)
-        share = (v_min[:, None] - V_MIN) / (V_MAX - V_MIN)
-        self.start = torch.cat([cells.start.flatten(1), share], 1).detach()
+    vel: torch.Tensor  # (P,) m/s
+    hessian: torch.Tensor  # (P + 1, P + 1)
+    gradient: torch.Tensor  # (P + 1,)
+    energy: float  # of the residual
+    v_min_excess: float  # of v_min, over the map's smallest velocity
 
-    def _of_cells(self, unknown):
-        return unknown[:, :-1].view(self.cells.start.shape)
+    def moved(self, step):
+        """The map (P,) after a step (P + 1,)."""
+        return self.vel * (1 - 2 * step[:-1] / self.vel).rsqrt()
 
-    def maps(self, unknown):
-        """Unknowns -> maps (B, 1, Z, X) m/s."""
-        return self.cells.maps(self._of_cells(unknown))
+    def solve(self, variance, prior, number, full_step, shape):
+        """The step (P + 1,) to the likeliest map, if the residual's noise has this variance; None if none is.
 
-    def _weighted(self, n_samples):
-        """Weights that grow with time (T, 1), the gathers times them, the energy of these (B,)."""
-        n = min(n_samples, self.seis.shape[2] - 1)  # sample 999 of OpenFWI's data does not follow the scheme
-        gain = (torch.arange(n, device=self.seis.device, dtype=self.seis.dtype) / n)[:, None]
-        observed = self.seis[:, :, :n] * gain
-        return gain, observed, observed.flatten(1).square().sum(1).clamp(min=1e-30)
+        prior: `Edges` or `Smooth`, in step `number`. full_step: a cell's standard deviation, in m/s.
+        """
+        n = len(self.vel)
+        low, high = (self.vel / 2 * (1 - (self.vel / bound) ** 2) for bound in (V_MIN, V_MAX))
+        fixed, held = torch.zeros_like(self.vel, dtype=torch.bool), torch.zeros_like(self.vel)
+        step, slope = torch.zeros_like(self.gradient), torch.ones_like(self.vel)
+        for _ in range(SOLUTIONS):
+            vel = self.moved(step)
+            q, centre = prior.parabola(vel.view(shape), number)
+            matrix, rest = self.hessian / variance, self.gradient / variance
+            matrix[:n, :n] += q * slope * slope[:, None]  # `slope`: of v, by the step
+            rest[:n] += slope * (q @ (self.vel - centre))
+            diagonal = matrix.diagonal()
+            diagonal += full_step**-2
+            diagonal[n] += V_MIN_M_S**-2
+            rest[n] += V_MIN_M_S**-2 * self.v_min_excess
+            diagonal[:n] += 1e4 * diagonal[:n] * fixed  # cells at the bounds stay there
+            rest[:n] -= 0.9999 * diagonal[:n] * fixed * held
+            scale = diagonal.rsqrt()
+            matrix = matrix * scale * scale[:, None]
+            matrix.diagonal().add_(RIDGE)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed:
+                return None
+            step = -scale * torch.cholesky_solve((scale * rest)[:, None], factor)[:, 0]
+            outside = (step[:n] < low) | (step[:n] > high)
+            step[:n] = torch.minimum(torch.maximum(step[:n], low), high)
+            fixed, held = fixed | outside, torch.where(outside, step[:n], held)
+            change = self.moved(step) - self.vel
+            slope = torch.where(step[:n].abs() > 1e-3, change / step[:n], 1.0)
+        return step
 
-    def misfit_of_noise(self, noise, n_samples):
-        """The relative misfit (B,) that noise of standard deviation (B,) leaves to the true map."""
-        gain, _, energy = self._weighted(n_samples)
-        return 1.02 * noise * (gain.square().sum() * self.seis[0, :, 0].numel() / energy).sqrt()
 
-    def evaluate(self, unknown, n_samples, some):
-        """Objective and relative misfit (b,) of some samples, and the objective's gradient (b, P)."""
-        gain, observed, energy = self._weighted(n_samples)
-        unknown = unknown.detach().requires_grad_()
-        made = waves.simulate(
-            self.maps(unknown)[some],
-            n_samples=n_samples,
-            v_min=(V_MIN + (V_MAX - V_MIN) * unknown[some, -1]).clamp(V_MIN, V_MAX),
-        )
-        residual = made[:, :, : len(gain)] * gain - observed[some]
-        fit = residual.flatten(1).square().sum(1) / energy[some]
-        value = fit + self.cells.penalty(self._of_cells(unknown))[some]
-        (gradient,) = torch.autograd.grad(value.sum(), unknown)
-        return value.detach(), fit.detach().sqrt(), gradient[some]
+class _Fit:
+    """One gather and the map that is fitted to it."""
+
+    def __init__(self, seis, vel, noise, acquisition):
+        """seis: (S, T, R); vel: (Z, X) m/s; noise: standard deviation of the means of EVERY samples."""
+        self.means, self.noise, self.acquisition = means_of(seis, EVERY), noise, acquisition
+        self.vel, self.v_min = vel.clamp(V_MIN, V_MAX), vel.min().clamp(V_MIN, V_MAX)[None]
+        self.made = self._simulate(self.vel, self.v_min)
+
+    def _simulate(self, vel, v_min):
+        return means_of(waves.simulate(vel[None], acquisition=self.acquisition, v_min=v_min)[0], EVERY)
+
+    def linearise(self, weights):
+        """See `_Linear`."""
+        vel = self.vel.view(-1)
+        rows = waves.map_jacobian(self.vel, self.v_min, weights, EVERY, self.acquisition).flatten(1)
+        rows[:-1] *= (-2 * vel**-3)[:, None]
+        residual = (weights @ (self.made - self.means)).flatten()
+        excess = (self.v_min - vel.min()).item()
+        return _Linear(vel, rows @ rows.T, rows @ residual, float(residual @ residual), excess)
+
+    def step(self, number, prior, full_step):
+        """Take a step: (the residual's share that it left, the full step for the next one)."""
+        highest, decay = STAGES[number] if number < len(STAGES) else (math.inf, 0.0)
+        weights = time_weights(highest, decay, self.acquisition).to(self.vel)
+        linear, n = self.linearise(weights), len(weights) * self.means[:, 0].numel()
+        variance = max(GAIN**2 * linear.energy / n, self.noise**2, 1e-30)
+
+        def cost(energy, vel):
+            return 0.5 * energy / variance + prior.value(vel, number)
+
+        before = cost(linear.energy, self.vel)
+        for _ in range(N_TRIALS):
+            step = linear.solve(variance, prior, number, full_step, self.vel.shape)
+            if step is not None:
+                vel = linear.moved(step).clamp(V_MIN, V_MAX).view_as(self.vel)
+                v_min = (self.v_min + step[-1]).clamp(V_MIN, V_MAX)
+                made = self._simulate(vel, v_min)
+                energy = (weights @ (made - self.means)).square().sum().item()
+                if cost(energy, vel) < before:
+                    self.vel, self.v_min, self.made = vel, v_min, made
+                    return math.sqrt(energy / max(linear.energy, 1e-30)), min(2 * full_step, FULL_STEP_M_S)
+            full_step /= 4
+        return 1.0, full_step
+
+    def is_explained(self):
+        """Whether the residual is what noise leaves to the true map (Morozov, 1966), or rounding."""
+        residual, observed = (x[:, :-1].square().mean() for x in (self.made - self.means, self.means))
+        return bool(residual <= max(1.05 * self.noise**2, 1e-12 * observed))
 
 
-def _line_search(objective, n_samples, unknown, direction, value, fit, gradient, some):
-    """Backtrack each sample of `some` for itself (Armijo, 1966), and write what it reaches in place.
+def fit_cells(
+    seis,
+    vel,
+    prior,
+    n_steps=40,
+    noise=0.0,
+    minutes=math.inf,
+    note=lambda number, vel: None,
+    acquisition=waves.OPENFWI,
+):
+    """Fit a map to a gather: (the map (Z, X) m/s, how many steps it took).
 
-    Returns (steps (B, P), changes of the gradient (B, P), samples that found nothing better).
+    seis: (S, T, R); vel: the start (Z, X) m/s; prior: `Edges` or `Smooth`; noise: standard deviation of the
+    means of EVERY samples. Ends after `n_steps`, after `minutes`, once noise explains the rest, or when steps
+    gain no more. note(number, map) is called after each step. With OpenFWI's acquisition a step takes about
+    20 s of a CPU core, and 3 GiB.
     """
-    length, slope = torch.ones_like(value), (direction * gradient).sum(1)
-    step, change = torch.zeros_like(unknown), torch.zeros_like(unknown)
-    for _ in range(6):
-        trial = unknown + length[:, None] * direction
-        found = objective.evaluate(trial, n_samples, some)
-        good = found[0] <= value[some] + 1e-4 * length[some] * slope[some]
-        taken, some = some[good], some[~good]
-        step[taken], change[taken] = trial[taken] - unknown[taken], found[2][good] - gradient[taken]
-        unknown[taken] = trial[taken]
-        value[taken], fit[taken], gradient[taken] = (part[good] for part in found)
-        if not len(some):
-            break
-        length[some] /= 3
-    return step, change, some
-
-
-def descend(seis, cells, n_iterations=60, noise=None, minutes=math.inf, note=lambda n_samples, vel: None):
-    """Fit maps to gathers: seis (B, S, T, R) -> (maps (B, 1, Z, X) m/s, relative misfits (iterations, B)).
-
-    cells: the unknowns, `Cells` or `Modes`. Minimises ‖t/T · residual‖² / ‖t/T · observed‖² + penalty in time
-    windows that grow, so that maps are fitted from the top down. Each map's minimum velocity, which sets the
-    sponge, is an unknown of its own. Each sample has its own step length, and stops once its misfit is what
-    noise of the standard deviation `noise` (B,) leaves (discrepancy principle: Morozov, 1966). Each window
-    takes an equal part of the iterations, or ends at its share of `minutes`; then `note` is called with the
-    window's samples and the maps.
-    """
-    objective = _Objective(seis, cells)
-    unknown, began, trace = objective.start.clone(), time.monotonic(), []
-    noise = torch.zeros(len(unknown), device=unknown.device) if noise is None else noise
-    for n_samples, share in WINDOWS.items():
-        misfit_of_noise = objective.misfit_of_noise(noise, n_samples)
-        memory = _Memory()
-        value, fit, gradient = objective.evaluate(unknown, n_samples, slice(None))
-        done = torch.zeros(len(unknown), dtype=torch.bool, device=unknown.device)
-        for _ in range(math.ceil(n_iterations / len(WINDOWS))):
-            done |= fit < misfit_of_noise
-            if done.all() or time.monotonic() - began > 60 * share * minutes:
-                break
-            direction = memory.direction(gradient)
-            if not memory.steps:  # the first step is small: no cell moves by more than about 40 m/s
-                direction = direction * (0.05 / direction.abs().amax(1).clamp(min=1e-30))[:, None]
-            moving = (~done).nonzero()[:, 0]
-            step, change, failed = _line_search(
-                objective, n_samples, unknown, direction, value, fit, gradient, moving
-            )
-            done[failed] = True
-            memory.add(step, change)
-            trace.append(fit.clone())
-        note(n_samples, objective.maps(unknown).detach())
-    return objective.maps(unknown).detach(), torch.stack(trace) if trace else fit[None]
+    fit, full_step, n_idle, number = _Fit(seis, vel, noise, acquisition), FULL_STEP_M_S, 0, 0
+    end = time.monotonic() + 60 * minutes
+    while number < n_steps and n_idle < 2 and time.monotonic() < end and not fit.is_explained():
+        left, full_step = fit.step(number, prior, full_step)
+        n_idle = n_idle + 1 if number >= len(STAGES) and left > 1 - LEAST_GAIN else 0
+        number += 1
+        note(number, fit.vel)
+    return fit.vel, number

@@ -3,8 +3,8 @@
 The gather itself says what to search: above flat layers it is its own mirror image, and where the velocity
 differs from source to source there are no layers. Otherwise curved layers, faults or both are searched,
 according to the family. A gather that these searches in few unknowns (find_layers.py, find_fault.py) do not
-explain is fitted cell by cell (cellwise.py). The map of least misfit is kept, which may be the guess; with
-noise, another map replaces the guess only if it explains the gather.
+explain is fitted cell by cell (cellwise.py). The map of least misfit is kept, which may be the guess; another
+map replaces the guess only if it explains nearly all of the gather.
 """
 
 import math
@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 
-from inversion.cellwise import Cells, Modes, descend
+from inversion.cellwise import EVERY, Edges, Smooth, fit_cells
 from inversion.find_fault import find_fault
 from inversion.find_layers import find_layers
 from inversion.observed import EXPLAINED_NORM, Observed
@@ -22,9 +22,12 @@ from utils import V_MAX, V_MIN
 from waves.misfit import is_flat, log_misfit, misfit, simulated
 
 FLAT_TOLERANCE = 1e-4  # relative difference of mirror images, besides the noise, up to which ground is flat
-CREDIBLE_MISFIT = 0.04  # with noise, a fit cell by cell is kept only if it leaves less, besides the noise
-# the Gaussian process of Style_A; `Modes` has that of Style_B by default
-STYLE_A = {"deviation": 183.0, "length": 3.5, "nugget": 20.0}
+# The guess is kept unless another map leaves less than this, besides the noise: maps that leave more are
+# about as wrong as the guess, or more (docs/experiments/inversion.md).
+CREDIBLE_MISFIT = 0.04
+SETTLED_MISFIT = 1e-3  # below it a map that a search has found is not fitted cell by cell
+# the Gaussian process of Style_A; `Smooth` has that of Style_B by default
+STYLE_A = {"deviation": 180.0, "length": 3.5, "nugget": 5.0}
 
 
 def _varies(observed):
@@ -52,11 +55,6 @@ def _searches(family, flat):
     return searches + (sides[::-1] if kind == "FlatFault" else sides)
 
 
-def is_searched(family):
-    """Whether gathers of a family (or None), when not flat, are searched in few unknowns."""
-    return bool(_searches(family, flat=False))
-
-
 def _one_side(seis):
     """The outer shot (1, T, R) of flat ground, as the mean with its mirror image: half the noise's power."""
     return ((seis[0] + seis[4].flip(1)) / 2)[None]
@@ -80,6 +78,7 @@ class _Course:
         self.seis, self.family, self.whole = seis, family, Observed(seis, minutes=minutes)
         rms = float(seis.square().mean().sqrt().clamp(min=1e-30))
         self.noise_share = self.whole.noise / rms  # the true map's misfit
+        self.credible = math.hypot(CREDIBLE_MISFIT, self.noise_share)
         # the difference of two noisy mirror images holds the noise of both
         noises = math.sqrt(2) * self.whole.noise / float(seis[:2].square().mean().sqrt().clamp(min=1e-30))
         self.flat = bool(is_flat(seis[None], FLAT_TOLERANCE + 1.05 * noises)[0])
@@ -117,11 +116,31 @@ class _Course:
             searches.append((name, observed, search))  # searches take turns
         whole.simulations += side.simulations
         whole.steps = side.steps + whole.steps
-        # with noise, a wrong map may fit better than a right one that lacks detail
-        self.best = "guess"
-        if self.explained or not whole.noise:
-            self.best = min(self.misfits, key=self.misfits.get)
         self.minutes_left, self.elapsed_s = whole.minutes_left, time.monotonic() - self.began
+
+    @property
+    def best(self):
+        """The name of the map to keep."""
+        # with noise, a wrong map of few unknowns may fit better than a right one that lacks detail
+        believed = {"guess": self.misfits["guess"]}
+        for name, fit in self.misfits.items():
+            if fit < self.credible and (
+                self.explained or name in ("cells", "rounded") or not self.whole.noise
+            ):
+                believed[name] = fit
+        return min(believed, key=believed.get)
+
+    def fit_cells(self, n_steps):
+        """Fit the map cell by cell, from the best one so far."""
+        began, (vel,) = time.monotonic(), self.maps[self.best]
+        prior = Edges()
+        if self.smooth:
+            prior = Smooth(vel, **(STYLE_A if self.family == "Style_A" else {}))
+        noise = self.whole.noise_of_means(EVERY)
+        found, n = fit_cells(self.seis, vel, prior, n_steps, noise, self.minutes_left, self.whole.note_step)
+        self.whole.simulations += 25.0 * n  # a step costs about as much
+        self.add("cells", found[None])
+        self.elapsed_s += time.monotonic() - began
 
     def finish(self):
         """The map to keep (1, 70, 70), and what happened, a dictionary."""
@@ -129,66 +148,34 @@ class _Course:
         if not self.smooth:
             rounded = self.maps[self.best].round()
             self.add("rounded", rounded)
-            if self.misfits["rounded"] <= self.misfits[self.best]:
-                self.best = "rounded"
+            if self.misfits["rounded"] > self.misfits[self.best]:
+                del self.misfits["rounded"]
         misfits = {name: float(f"{value:.5g}") for name, value in self.misfits.items()}
         trace = {"misfits": misfits, "kept": self.best, "noise": float(f"{self.noise_share:.3g}")}
-        trace |= {"flat": self.flat, "simulations": round(self.whole.simulations)}
+        trace |= {
+            "explained": self.misfits[self.best] < self.credible,
+            "flat": self.flat,
+            "simulations": round(self.whole.simulations),
+        }
         trace["seconds"] = round(self.elapsed_s + time.monotonic() - began, 1)
         first, kept = (self.maps[name][0].cpu().numpy() for name in ("guess", self.best))
         trace["steps"] = [("guess", first), *self.whole.steps, (f"kept: {self.best}", kept)]
         return self.maps[self.best].clamp(V_MIN, V_MAX), trace
 
 
-def _fit_cells(courses, n_iterations):
-    """Fit the gathers of several courses cell by cell, together.
-
-    Either all are smooth and of one family, or none is; likewise either all are noisy, or none is.
-    """
-    began, first = time.monotonic(), courses[0]
-    start = torch.stack([course.maps[course.best] for course in courses])
-    cells = Cells(start)
-    if first.smooth:
-        surface = None if first.whole.noise else np.stack([surface_velocity(c.whole) for c in courses])
-        cells = Modes(start, surface, **(STYLE_A if first.family == "Style_A" else {}))
-    noise = torch.tensor([course.whole.noise for course in courses], device=start.device)
-
-    def note(n_samples, made):
-        for course, vel in zip(courses, made.cpu(), strict=True):
-            course.whole.note(n_samples, vel[0])
-
-    seis, minutes = (
-        torch.stack([course.seis for course in courses]),
-        sum(course.minutes_left for course in courses),
-    )
-    found, fits = descend(seis, cells, n_iterations, noise, minutes, note)
-    for course, vel in zip(courses, found, strict=True):
-        course.whole.simulations += 6.0 * len(fits)  # a gradient costs about six simulations
-        course.add("cells", vel)
-        if not course.whole.noise or course.misfits["cells"] < math.hypot(
-            CREDIBLE_MISFIT, course.noise_share
-        ):
-            course.best = min(course.best, "cells", key=course.misfits.get)
-        course.elapsed_s += (time.monotonic() - began) / len(courses)
-
-
-def invert(seis, vel, families=None, minutes=math.inf, n_iterations=60):
+def invert(seis, vel, families=None, minutes=math.inf, n_iterations=40):
     """Invert gathers (B, 5, 1000, 70) from guesses (B, 1, 70, 70) m/s: (maps, what happened to each).
 
-    Each gather is searched for itself; those that remain are fitted cell by cell together. families: a name
-    or None for each; minutes: how many a gather may take, on average; n_iterations: steps cell by cell, 0 for
-    none. A map's misfit is never above its guess's. What happened is a dictionary each, whose "steps" are
-    maps on the way, [(what, (70, 70) array), ...]; everything else in it can be written as JSON.
+    families: a name or None for each; minutes: how many a gather may take; n_iterations: steps cell by cell,
+    0 for none. What happened is a dictionary each: "explained" says whether the map kept explains the gather;
+    "steps" are maps on the way, [(what, (70, 70) array), ...]; everything else can be written as JSON.
     """
-    courses, groups = [], {}
+    done = []
     for s, v, family in zip(seis, vel, families or [None] * len(seis), strict=True):
         course = _Course(s.float(), v.float(), family, minutes)
         course.search()
-        courses.append(course)
-        if not course.explained and n_iterations and course.minutes_left > 0:
-            kind = course.smooth and course.family, course.whole.noise > 0
-            groups.setdefault(kind, []).append(course)
-    for group in groups.values():
-        _fit_cells(group, n_iterations)
-    done = [course.finish() for course in courses]
+        is_settled = course.misfits[course.best] < math.hypot(SETTLED_MISFIT, 1.05 * course.noise_share)
+        if n_iterations and course.minutes_left > 0 and not (course.explained and is_settled):
+            course.fit_cells(n_iterations)
+        done.append(course.finish())
     return torch.stack([vel for vel, _ in done]), [trace for _, trace in done]

@@ -9,6 +9,7 @@ import torch
 
 import waves
 from synthetic.layers import N_CELLS
+from waves.derivatives import means_of
 
 BATCH = 8  # maps simulated together
 
@@ -67,6 +68,16 @@ class Observed:
     def note(self, n_samples, vel):
         """Note the map (70, 70) that fits the first `n_samples` best, for pictures of the course."""
         self.steps.append((f"{n_samples} samples", np.asarray(vel, np.float32)))
+
+    def note_step(self, number, vel):
+        """Note the map (70, 70) after a step cell by cell, for the same."""
+        self.steps.append((f"step {number}", vel.cpu().numpy()))
+
+    def noise_of_means(self, n):
+        """The standard deviation of the noise in the means of every n samples."""
+        if not self.noise:
+            return 0.0
+        return self._measure_noise(means_of(self.seis, n), n, n - 1)
 
     def _measure_noise(self, seis, stride, span=0):
         """Standard deviation of the noise, measured before the first arrival.

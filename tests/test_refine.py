@@ -8,16 +8,8 @@ import torch
 from conftest import maps_of
 
 import infer as infer_module
-from inference.refine import REFINE, Method, inversion_batches
+from inference.refine import REFINE, Method
 from inference.results import Results
-
-
-def test_only_gathers_that_are_not_searched_are_inverted_together():
-    families = ["Style_A", "CurveVel_A", "Style_B", None, "CurveFault_A", "Style_A", "FlatFault_A", "Style_A"]
-    numbers = [7, 6, 5, 4, 3, 2, 1, 0]
-    batches = inversion_batches(numbers, families, 2)
-    assert batches == [[7, 5], [6], [4, 2], [3], [1], [0]]
-    assert inversion_batches(numbers, families, 1) == [[i] for i in numbers]
 
 
 def test_a_budget_is_spent_where_most_is_gained_and_the_rest_is_kept(run, pairs, tmp_path, monkeypatch):
@@ -109,16 +101,15 @@ def test_a_new_method_is_one_entry(run, pairs, tmp_path, monkeypatch, capsys):
     assert [trace["rounds"] for trace in traces] == [3, 1, 3, 1] and set(traces[0]) == {"oid", "rounds"}
 
 
-def test_the_batches_of_a_method_are_its_own(run, monkeypatch):
+def test_a_method_says_how_many_gathers_it_refines_together(run, monkeypatch):
     seen = []
 
     def look(model, seis, vel, families, cfg):
-        seen.append(families)
+        seen.append(len(families))
         return vel, [{}] * len(vel)
 
-    def faults_alone(numbers, families, size):
-        return [[i] for i in numbers if families[i] is None] + [[i for i in numbers if families[i]]]
-
-    monkeypatch.setitem(REFINE, "look", Method(look, faults_alone))
-    run("--refine=look")
-    assert seen == [[None], [None], ["FlatVel_B", "FlatVel_B"]]  # by their mirror images alone
+    for size, expected in ((1, [1, 1, 1, 1]), (3, [3, 1])):
+        monkeypatch.setitem(REFINE, "look", Method(look, size))
+        seen.clear()
+        run("--refine=look", name=f"{size}.csv")
+        assert seen == expected

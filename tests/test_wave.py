@@ -16,7 +16,8 @@ import waves
 from benchmarks import wave_speed
 from waves import cpu, engine, passes
 from waves.acquisition import OPENFWI, SOURCES, Acquisition
-from waves.equation import jacobian, simulate
+from waves.derivatives import jacobian, map_jacobian, means_of
+from waves.equation import simulate
 from waves.reference import reference_simulate
 from waves.windows import windows_of
 
@@ -277,6 +278,27 @@ def test_jacobian_equals_central_differences(span, receivers):
         expected = central_difference(lambda v: simulate(v[None], acquisition=acquisition)[0], vel, change)
         expected = torch.nn.functional.avg_pool2d(expected, (span, 1), (4, 1))
         assert error(1e-9 * got[:, : expected.shape[1]], expected) < 1e-3
+
+
+def test_map_jacobian_equals_central_differences_on_the_rim_too():
+    acquisition = dataclasses.replace(SMALL, n_samples=400)
+    vel = rough_maps(1)[0]
+    weights = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)).double()
+    v_min = vel.min()[None] - 50
+    made = map_jacobian(vel, v_min, weights, acquisition=acquisition)
+    assert made.shape == (20 * 26 + 1, 3, 7, 26)
+
+    def seis(v, least=v_min):
+        return weights @ means_of(simulate(v[None], acquisition=acquisition, v_min=least)[0], 8)
+
+    cells = [(9, 13), (1, 4), (1, 9), (0, 20), (0, 12), (7, 0), (12, 25), (19, 5), (0, 0), (19, 25)]
+    for row, column in cells:  # (1, 9) is a source
+        change = torch.zeros_like(vel)
+        change[row, column] = -(vel[row, column] ** 3) / 2 * 1e-9
+        expected = central_difference(seis, vel, change)
+        assert error(1e-9 * made[row * 26 + column], expected) < 6e-3, (row, column)
+    expected = central_difference(lambda least: seis(vel, least), v_min, torch.ones(1).double())
+    assert error(made[-1], expected) < 3e-3
 
 
 def test_a_gradient_keeps_at_most_120_mib_per_map():

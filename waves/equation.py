@@ -34,7 +34,7 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
     acquisition = replace(acquisition, **{k: v for k, v in changes.items() if v is not None})
     if vel.ndim == 4 and vel.shape[1] == 1:
         vel = vel[:, 0]
-    v_max = _check(vel, v_min, acquisition)
+    v_max = check_maps(vel, v_min, acquisition)
     v_min = vel.amin((-2, -1)) if v_min is None else v_min
     padded = F.pad(vel[:, None], (acquisition.n_pad,) * 4, mode="replicate")[:, 0]
     alpha = (padded * acquisition.dt_s / acquisition.dx_m) ** 2
@@ -49,66 +49,7 @@ def simulate(vel, sources=None, n_samples=None, acquisition=OPENFWI, v_min=None)
     return seis
 
 
-def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
-    """Derivatives of a map's gathers with respect to 1/v² of single cells: (P, S, T', R), in (m/s)².
-
-    vel: (Z, X) m/s. rows, columns: (P,) whole numbers, the cells; they lie below the sources' row and not on
-    the map's rim, which the sponge repeats. T' are samples 0, every, 2 every, ..., which hold frequencies up
-    to 1 / (2 every dt), or the means of `span` samples from each of these on.
-
-    A cell scatters the second time difference of the field there, convolved with the field that an impulse at
-    a receiver would cause there (reciprocity; Pratt, Shin and Hicks, 1998). This takes one simulation for
-    each source and receiver, however many cells there are. Raises ValueError for other cells, for `every`
-    beyond what the wavelet allows, and as `simulate` does.
-    """
-    acq, most = acquisition, int(1 / (8 * acquisition.peak_hz * acquisition.dt_s))
-    if not 1 <= every <= most:
-        raise ValueError(f"every: got {every}, expected 1 to {most}")
-    for name, some, first, last in (
-        ("rows", rows, max(acq.source_row, acq.receiver_row) + 1, vel.shape[0] - 2),
-        ("columns", columns, 1, vel.shape[1] - 2),
-    ):
-        if not len(some) or some.min() < first or some.max() > last:
-            raise ValueError(f"{name}: got {some}, expected cells from {first} to {last}")
-    v_min, v_max = vel.min()[None], _check(vel[None], None, acq)
-    receivers = acq.receivers or tuple(range(vel.shape[1]))
-    # Every n-th sample is too coarse for the response to an impulse, but not for that to a Gaussian. A
-    # Ricker wavelet is that Gaussian convolved with a Ricker wavelet of a slightly higher peak frequency.
-    width, later = 0.75 * every, 4 * every  # samples: of the Gaussian; by which everything arrives later
-    peak_hz = (acq.peak_hz**-2 - 2 * (math.pi * width * acq.dt_s) ** 2) ** -0.5
-    n_samples = acq.n_samples + later + span
-    forward = replace(acq, peak_hz=peak_hz, n_samples=n_samples)
-    backward = replace(forward, sources=receivers, source_row=acq.receiver_row, receivers=None)
-    delay, less = (int(ricker(20 * most, acquisition=a).argmax()) for a in (acq, forward))
-    centre = later + delay - less
-    pulse = torch.exp(-0.5 * ((torch.arange(n_samples) - centre) / width) ** 2)
-    wavelet = (
-        (peak_hz / acq.peak_hz) ** 3
-        / (width * math.sqrt(2 * math.pi))
-        * ricker(n_samples, vel.dtype, forward)
-    )
-    v_source, v_receiver = (vel[a.source_row, list(a.sources)] for a in (forward, backward))
-    alpha = (F.pad(vel[None, None], (acq.n_pad,) * 4, mode="replicate")[0] * acq.dt_s / acq.dx_m) ** 2
-    cells = rows + acq.n_pad, columns + acq.n_pad
-    drive = (v_source * acq.dt_s)[:, None] ** 2 * wavelet.to(vel)
-    scattered = Job(alpha, v_min, drive[None], forward, v_max).record_at_cells(*cells)
-    scattered = F.pad(scattered, (0, 0, 2, 0)).diff(2, dim=1)[:, ::every]
-    pulses = pulse.to(vel).expand(1, len(receivers), -1)
-    received = Job(alpha, v_min, pulses, backward, v_max).record_at_cells(*cells, every)
-    size = 2 * scattered.shape[1]
-    scattered, received = (torch.fft.rfft(x, size, dim=1).permute(2, 0, 1) for x in (scattered, received))
-    radians = 2 * math.pi / (size * every) * torch.arange(size // 2 + 1, dtype=torch.float64)[:, None]
-    means = torch.polar(torch.ones(span).double(), radians * torch.arange(span)).mean(1)
-    received = received * (-every * means).to(received)
-    kept = slice(later // every, later // every - (-acq.n_samples // every))
-    made = vel.new_empty(len(rows), len(acq.sources), -(-acq.n_samples // every), len(receivers))
-    for cell in range(len(rows)):
-        traces = torch.fft.irfft(scattered[cell][:, None] * received[cell], size)[..., kept]
-        made[cell] = (traces * v_receiver[:, None] ** 2).transpose(1, 2)
-    return made
-
-
-def _check(vel, v_min, acq):
+def check_maps(vel, v_min, acq):
     """Each map's largest velocity in m/s. Raises ValueError for maps that cannot be simulated."""
     if vel.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"velocity: got {vel.dtype}, expected float32 or float64; convert with .float()")
