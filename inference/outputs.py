@@ -128,10 +128,15 @@ def write_pairs(run, predictions, results):
 
 
 def write_traces(path, oids, results):
-    """Write the refining method's report on each gather, one line of JSON each."""
+    """Write the refining method's report on each gather, a line of JSON; say which it did not explain."""
     notes = {note.pop("number"): note for note in results.notes()}  # the last note of each gather
     with write_atomic(path, "w") as file:
         file.writelines(json.dumps({"oid": oid, **notes[i]}) + "\n" for i, oid in enumerate(oids))
+    explained = [note["explained"] for note in notes.values() if "explained" in note]
+    if explained:
+        unexplained = [oid for i, oid in enumerate(oids) if not notes[i].get("explained", True)]
+        first = f", the first {unexplained[0]}" if unexplained else ""
+        print(f"{len(unexplained)} of {len(explained)} gathers not explained{first}; see {path}")
 
 
 def print_scores(run, predictions, results, families):

@@ -113,3 +113,12 @@ def test_a_method_says_how_many_gathers_it_refines_together(run, monkeypatch):
         seen.clear()
         run("--refine=look", name=f"{size}.csv")
         assert seen == expected
+
+
+def test_gathers_that_inversion_does_not_explain_are_counted(run, capsys, monkeypatch):
+    reports = iter([{"explained": True}, {"explained": False}, {"explained": False}, {"explained": True}])
+    monkeypatch.setitem(
+        REFINE, "look", Method(lambda model, seis, vel, families, cfg: (vel, [next(reports)]), 1)
+    )
+    run("--refine=look")
+    assert "2 of 4 gathers not explained, the first " in capsys.readouterr().out
