@@ -30,6 +30,7 @@ from parallel.work import check_same, from_main, made_on_all
 from postprocess import check_steps, fit_statistics, fit_weights, fuse, try_steps
 from report.scores import error_table, mae_of
 from system.files import check_writable, write_atomic
+from training.launch import check_compile, memory_explained
 from utils import StopSignals, check_family, run_program
 from waves.misfit import MISFITS, WARNINGS, compare, simulated
 
@@ -213,7 +214,8 @@ def main(argv):
     launch(cfg, __file__, argv, lambda: len(find_gathers(cfg.input)))
     is_given = bool(cfg.ckpt)
     cfg.ckpt = cfg.ckpt or str(shipped_weights())
-    with processes(cfg, "gloo") as process:
+    with processes(cfg, "gloo") as process, memory_explained(cfg, process.device, is_training=False):
+        check_compile(cfg, process.device)
         if process.is_main and not is_given:
             print(f"no --ckpt: the network is {cfg.ckpt}", flush=True)
         infer(cfg, process)

@@ -19,6 +19,7 @@ from parallel.processes import processes
 from report.figures import new_figure, save_figure
 from synthetic.dataset import check_maps, write_dataset, write_given, write_varied
 from synthetic.maps import make_maps
+from system.files import check_writable
 from utils import FAMILIES, V_MAX, V_MIN, check_family, run_program
 
 
@@ -108,6 +109,8 @@ def main(argv):
         raise ValueError("nothing to do; give --out=DIR for a data set, or --figure=FILE.png")
     if args.real and not args.figure:
         raise ValueError("--real needs --figure=FILE.png")
+    if args.figure:
+        check_writable(Path(args.figure).parent)
     if args.out:
         check_sources(args, families)
         check_outside("out", args.out, [args.vary] if args.vary else [])

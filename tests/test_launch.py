@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, kaggle_folder
+from conftest import ROOT, SMALL, kaggle_folder, words_for
 
 import infer
 import train
@@ -149,6 +149,36 @@ def test_running_out_of_memory_is_one_line_with_the_option_to_change(
     monkeypatch.setattr(train, "mean_map", lambda items: fails())
     words = [f"--data_root={two_families}", f"--run_root={tmp_path}", *SMALL, f"--batch_size={size}"]
     refuses(train.main, *words, words=[f"out of memory on cpu with --batch_size={size}", remedy])
+
+
+@pytest.mark.parametrize("fails", [too_much, too_much_on_a_card, too_much_for_python])
+@pytest.mark.parametrize("size, remedy", [(4, "--batch_size=2 needs less"), (1, "a smaller network")])
+def test_predicting_out_of_memory_is_one_line_too(
+    checkpoint, tmp_path, monkeypatch, refuses, fails, size, remedy
+):
+    monkeypatch.setattr(infer, "Run", lambda *args: fails())
+    words = words_for(
+        checkpoint, f"--input={tmp_path}", f"--out={tmp_path / 's.csv'}", f"--batch_size={size}"
+    )
+    message = f"out of memory on cpu with --batch_size={size}"
+    refuses(infer.main, *words, "--device=cpu", words=[message, f"); {remedy}"])
+
+
+def test_predicting_says_before_gathers_are_read_that_compiling_does_not_work(
+    checkpoint, tmp_path, monkeypatch, refuses
+):
+    def fails(*args, **options):
+        raise RuntimeError("No working C++ compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(infer, "Run", None)
+    words = words_for(checkpoint, f"--input={tmp_path}", f"--out={tmp_path / 's.csv'}", "--compile=default")
+    refuses(infer.main, *words, "--device=cpu", words=["(No working C++ compiler); install what"])
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a\\b", "a\nb"])
+def test_names_that_are_none_of_a_folder_are_refused_before_data_are_read(refuses, name):
+    refuses(train.main, f"--name={name}", words=["--name=", "expected a name for a folder"])
 
 
 def test_other_runtime_errors_keep_their_traceback():

@@ -416,7 +416,7 @@ def test_vary_on_the_command_line_writes_exact_pairs_and_the_same_ones_again(fil
         out,
         words=["none: folder cannot be read"],
     )
-    refuses(synth.main, f"--vary={files}", "--maps=x.npz", out, words=["no --vary or --n_per_family"])
+    refuses(synth.main, f"--vary={files}", "--maps=x.npz", out, words=["leave out --vary, --n_per_family"])
     refuses(
         synth.main,
         f"--vary={files}",

@@ -731,8 +731,8 @@ def test_given_files_that_cannot_be_used_are_refused(tmp_path):
         (["--out=o", "--n_per_family=two"], "--n_per_family=two: expected int"),
         (["--out=o", "--n_per_family=2", "--families=FlatVel_A,CurvVel_A"], "did you mean CurveVel_A"),
         (["--out=o", "--n_per_famly=2"], "unknown option --n_per_famly; did you mean --n_per_family"),
-        (["--out=o", "--maps=m.npy", "--n_per_family=2"], "no --vary or --n_per_family"),
-        (["--out=o", "--maps=m.npy", "--families=Style_A,Style_B"], "at most one of --families"),
+        (["--out=o", "--maps=m.npy", "--n_per_family=2"], "leave out --vary, --n_per_family"),
+        (["--out=o", "--maps=m.npy", "--families=Style_A,Style_B"], "and a second family"),
     ],
 )
 def test_command_line_mistakes_are_named(options, message, tmp_path, monkeypatch):

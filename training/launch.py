@@ -26,6 +26,8 @@ def adapted(cfg):
 
 def check_config(cfg):
     """Raise ValueError for options that cannot work, before anything is started, written or read in full."""
+    if not cfg.name or not cfg.name.isprintable() or {"/", "\\"} & set(cfg.name):
+        raise ValueError(f"--name={cfg.name!a}: expected a name for a folder, printable and without / or \\")
     if cfg.eval_only and not cfg.ckpt:
         raise ValueError("--eval_only needs a checkpoint: --ckpt=PATH")
     for root in (*(() if cfg.synth_per_family else cfg.data_root), *cfg.val_root):
@@ -76,7 +78,7 @@ OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory"
 
 
 @contextlib.contextmanager
-def memory_explained(cfg, device):
+def memory_explained(cfg, device, is_training=True):
     """If memory runs out, on a card or the CPU, raise MemoryError that names the option to change."""
     try:
         yield
@@ -87,7 +89,7 @@ def memory_explained(cfg, device):
         options = "a smaller network or --mode=smart_256x72 needs less"
         if n > 1:
             options = f"--batch_size={n // 2} needs less"
-        if n % 2 == 0:
+        if is_training and n % 2 == 0:
             options = f"--batch_size={n // 2} --accumulate={2 * cfg.accumulate} makes the same steps"
         raise MemoryError(
             f"out of memory on {device} with --batch_size={n} ({first_line(error)}); {options}"
