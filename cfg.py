@@ -227,7 +227,7 @@ class Config(Options):
     log_every: int = watching(50, "steps between log lines", above=0)
     val_every: int = watching(1, "epochs between validations", above=0)
     save_minutes: float = watching(
-        10.0, "minutes between writes of last.pt, besides each validation; 0 = every step"
+        10.0, "minutes between writes of last.pt, which each validation writes too; 0 = every step"
     )
     wandb: str = watching(
         "off", "Weights & Biases: off, offline, online", choices=("off", "offline", "online")
@@ -314,10 +314,10 @@ class Config(Options):
     save_maps: str = inference("", "folder for <id>.npy, (70, 70) float32 m/s", decides=(), path=True)
     truth: str = inference("", "folder of the true maps, to score against", decides=(), path=True)
 
-    given = frozenset()  # not a field: the names that stood on the command line
+    given = frozenset()  # not a field: the names of the options given on the command line
 
     def __post_init__(self):
-        """Check types and limits; raises ValueError, one line, for the first that does not hold."""
+        """Check types and limits; raises ValueError, one line, for the first that is wrong."""
         super().__post_init__()
         if not self.data_root:
             raise ValueError("--data_root: expected at least one folder")
@@ -387,7 +387,7 @@ GONE = {  # former options: what to write instead
 
 
 def parse(argv, program=TRAIN, options=Config):
-    """Command-line words -> Config. Raises ValueError, one line, for what does not fit.
+    """Command-line words -> Config. Raises ValueError, one line, for words that do not fit.
 
     program: whose options `--help` prints. options: Config, or one of its own with more fields.
     """
@@ -419,14 +419,16 @@ def network_config(cfg, checkpoint):
     saved = {name: options[name] for name in NETWORK_FIELDS if name in options}
     brought = ARCHITECTURES.get(str(saved.get("arch")), {})
     brought = {name: brought[name] for name in NETWORK_FIELDS if name in brought and name not in cfg.given}
-    untold = {name: value for name, value in brought.items() if name not in saved}
-    if untold and len(untold) < len(brought):  # as when `arch` brought nothing; weights do not tell
+    missing = {name: value for name, value in brought.items() if name not in saved}
+    if missing and len(missing) < len(
+        brought
+    ):  # saved when `arch` had no defaults; the weights do not show which
         now, before = (
             " ".join(f"--{name}={written(value)}" for name, value in values.items())
-            for values in (untold, {name: getattr(Config, name) for name in untold})
+            for values in (missing, {name: getattr(Config, name) for name in missing})
         )
         raise ValueError(
-            f"{cfg.ckpt}: its options leave out {', '.join(untold)}; add what it was trained with: "
+            f"{cfg.ckpt}: its options leave out {', '.join(missing)}; add what it was trained with: "
             f"--arch={saved['arch']} means {now} now and meant {before} before"
         )
     try:

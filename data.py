@@ -1,4 +1,4 @@
-"""Which samples to train and validate on. As a program, it inspects data: see openfwi/inspect_data.py."""
+"""The samples to train and validate on. As a program it inspects data, see openfwi/inspect_data.py."""
 
 import math
 

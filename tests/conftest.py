@@ -65,9 +65,9 @@ def fresh_maps():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real OpenFWI data; skips the test where it is not at hand."""
+    """The folder of real OpenFWI data; skips the test if it is missing."""
     if not SHARED.is_dir():
-        pytest.skip("real OpenFWI data (../shared/data) is not at hand")
+        pytest.skip("real OpenFWI data (../shared/data) is missing")
     return SHARED
 
 

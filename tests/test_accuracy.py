@@ -1,4 +1,4 @@
-"""bench.py accuracy: the scores it prints are those of the maps, real ones where they are at hand."""
+"""bench.py accuracy: the scores it prints are those of the maps, real ones if there are any."""
 
 import dataclasses
 import json

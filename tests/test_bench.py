@@ -23,8 +23,8 @@ def test_every_benchmark_explains_its_options_and_names_the_nearest_to_a_wrong_o
 def test_without_a_name_the_benchmarks_are_listed_and_unknown_ones_are_one_line(capsys, refuses):
     with pytest.raises(SystemExit) as stop:
         bench.main([])
-    told = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"\n  {name} " in told for name in bench.BENCHMARKS)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"\n  {name} " in printed for name in bench.BENCHMARKS)
     refuses(bench.main, "weve", words=["unknown benchmark 'weve'; did you mean wave?"])
     refuses(bench.main, "wave", "--repeats=0", words=["--repeats=0: expected a positive number"])
 

@@ -1,7 +1,7 @@
 """What runs on CUDA cards: on a real one where there is one, elsewhere on a stand-in for it.
 
 The stand-in computes on the CPU whatever is asked of a card, so that devices that do not fit, waiting for the
-card and crashes of the host's code show. It lies beside the repository, in ../shared/fakecuda or where
+card and crashes of the host's code show. It lies outside the repository, in ../shared/fakecuda or where
 FAKECUDA says, and needs gcc.
 """
 

@@ -176,7 +176,7 @@ REFUSED = {
     "zip": (b"PK\x03\x04", "not a readable checkpoint"),
     "whole module": (lambda path: torch.save(nn.Linear(2, 2), path),
                      "holds a Python object (torch.nn.modules.linear.Linear)"),
-    "object beside": (lambda path: torch.save({"model": {"w": A}, "o": Holder()}, path),
+    "object next to them": (lambda path: torch.save({"model": {"w": A}, "o": Holder()}, path),
                       "Python object (test_checkpoints.Holder)"),
     "code": (lambda path: torch.save({"model": {"w": A}, "o": os.system}, path), "system), as whole modules"),
     "forged NumPy": (forged_object, "not a readable checkpoint"),

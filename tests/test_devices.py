@@ -36,7 +36,7 @@ def test_precisions_a_device_lacks_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "reason, is_said",
+    "reason, is_reported",
     [
         ("Found no NVIDIA driver on your system. Please check", False),
         ("No CUDA GPUs are available", False),
@@ -44,7 +44,9 @@ def test_precisions_a_device_lacks_are_refused(monkeypatch):
         ("Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before", True),
     ],
 )
-def test_a_card_that_its_driver_keeps_from_use_is_said_and_none_is_not(monkeypatch, reason, is_said):
+def test_a_card_that_its_driver_disables_is_reported_and_a_machine_without_cards_is_not(
+    monkeypatch, reason, is_reported
+):
     def fails():
         raise RuntimeError(reason)
 
@@ -53,7 +55,7 @@ def test_a_card_that_its_driver_keeps_from_use_is_said_and_none_is_not(monkeypat
     monkeypatch.setattr(torch.cuda, "init", fails)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("cpu").type == "cpu"
-    if not is_said:
+    if not is_reported:
         return None if pick_device("auto").type == "cpu" else pytest.fail("no card, but another device")
     for name in ("auto", "cuda"):
         with pytest.raises(ValueError, match=r"cannot be used: .*update its driver.*--device=cpu"):
@@ -74,7 +76,9 @@ def test_a_card_that_its_driver_keeps_from_use_is_said_and_none_is_not(monkeypat
         ((7, 0), [], None),
     ],
 )
-def test_a_card_that_torch_holds_no_code_for_is_said_with_what_to_install(monkeypatch, card, arches, remedy):
+def test_a_card_that_torch_is_not_built_for_is_reported_with_what_to_install(
+    monkeypatch, card, arches, remedy
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arches)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")

@@ -1,4 +1,4 @@
-"""Figures: drawn wherever matplotlib is, whatever backend the process was told, and without it."""
+"""Figures: drawn wherever matplotlib is, whatever backend the process has chosen, and without it."""
 
 import subprocess
 import sys

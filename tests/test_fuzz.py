@@ -205,7 +205,7 @@ def test_configurations_of_checkpoints():
     assert 0 < n_good < 3000
 
 
-def test_descriptions_beside_checkpoints(tmp_path):
+def test_damaged_options_next_to_checkpoints_are_one_line(tmp_path):
     rng, path, n_good = random.Random(3), tmp_path / "x.pt", 0
     torch.save({"w": torch.ones(1)}, path)
     good = json.dumps(dataclasses.asdict(Config(width=16))).encode()

@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, checkpoint, refuses)
     refuses(main, words=["--input=PATH is needed"])
 
 
-# ---------------------------------------------------------------- ensembles, fits, refining, what is told
+# ---------------------------------------------------------------- ensembles, fits, refining, what is printed
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_checkpoints_of_different_kinds_are_averaged_by_their_weights(run, check
     np.testing.assert_allclose(maps_of(median)[1], (maps_of(one)[1] + maps_of(two)[1]) / 2, atol=0.02)
 
 
-def test_a_bare_state_dict_may_have_its_options_beside_it(run, checkpoint, second, tmp_path):
+def test_a_bare_state_dict_may_have_its_options_in_a_file_next_to_it(run, checkpoint, second, tmp_path):
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(checkpoint, weights_only=True), bare)
     options = tmp_path / "bare.json"
@@ -173,9 +173,9 @@ def test_a_bare_state_dict_may_have_its_options_beside_it(run, checkpoint, secon
 def test_fitted_weights_and_steps_are_applied_elsewhere(run, checkpoint, second, pairs, tmp_path, capsys):
     fit = tmp_path / "fit.json"
     score, out = run("--truth", pairs, "--fit", fit, "--post=auto", ckpt=f"{checkpoint},{second}")
-    fitted, told = json.loads(fit.read_text()), capsys.readouterr().out
+    fitted, printed = json.loads(fit.read_text()), capsys.readouterr().out
     assert sum(fitted["ensemble_weights"]) == pytest.approx(1) and fitted["maps"] == 4
-    assert "statistical_correction" in told and "--post=auto:" in told and "FlatFault_A" in told
+    assert "statistical_correction" in printed and "--post=auto:" in printed and "FlatFault_A" in printed
     _, again = run("--use", fit, "--post=auto", ckpt=f"{checkpoint},{second}", name="again.csv")
     assert again.read_bytes() == out.read_bytes()
     _, plain = run(ckpt=f"{checkpoint},{second}", name="plain.csv")
@@ -189,9 +189,9 @@ def test_a_chain_of_steps_is_applied_and_scored_one_by_one(run, pairs, capsys):
     flat = maps[[i for i, oid in enumerate(oids) if "FlatVel" in oid]]
     faulted = maps[[i for i, oid in enumerate(oids) if "Fault" in oid]]
     assert (np.ptp(flat, axis=2) == 0).all() and (np.ptp(faulted, axis=2) > 0).any()
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("plain", "scale 0.98", "network", "gaussian", "flat_rows"):
-        assert f"\n{word} " in told, word
+        assert f"\n{word} " in printed, word
     assert set(score) == {"FlatVel_A", "FlatFault_A", "all"}
 
 
@@ -209,9 +209,11 @@ def test_misfits_are_those_of_the_simulated_predictions(run, pairs, tmp_path, ca
         assert row["family"] in row["oid"]
     assert np.mean([float(row["mae"]) for row in rows]) == pytest.approx(score["all"][0], rel=1e-4)
     worst = max(rows, key=lambda row: float(row["log_misfit"]))["oid"]
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        told.count("do not trust") == 2 and f"do not trust {worst}: " in told and "rank correlation" in told
+        printed.count("do not trust") == 2
+        and f"do not trust {worst}: " in printed
+        and "rank correlation" in printed
     )
     names = {p.name for p in (tmp_path / "figures").iterdir()}
     assert names == {"FlatVel_A.png", "FlatFault_A.png", "misfit.png", "log_misfit.png"}
@@ -235,9 +237,9 @@ def test_gathers_of_wrong_polarity_and_units_are_warned_of(checkpoint, pairs, tm
         parse(words_for(checkpoint, "--input", folder, "--out", tmp_path / "w.csv", "--misfit")),
         CPU,
     )
-    told = capsys.readouterr().out
-    assert told.count("warning: 1 of 3 gathers") == 2
-    assert "polarity" in told and "units" in told and "dead" not in told
+    printed = capsys.readouterr().out
+    assert printed.count("warning: 1 of 3 gathers") == 2
+    assert "polarity" in printed and "units" in printed and "dead" not in printed
 
 
 def test_feedback_never_raises_a_misfit_and_tells_its_course(run, tmp_path):

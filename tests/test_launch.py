@@ -58,7 +58,7 @@ def test_infer_starts_no_more_processes_than_there_are_gathers(tmp_path, monkeyp
         infer.main(["--ckpt=a.pt", f"--input={tmp_path / 'none'}"])
 
 
-def test_a_missing_data_folder_is_said_before_missing_weights(tmp_path, refuses):
+def test_a_missing_data_folder_is_reported_before_missing_weights(tmp_path, refuses):
     words = (f"--data_root={tmp_path / 'none'}", f"--pretrained={tmp_path / 'none.pth'}", "--threads=1")
     refuses(train.main, *words, words=["none: no such folder", "--data_root=DIR"])
     (tmp_path / "none").mkdir()
@@ -86,7 +86,7 @@ def test_a_call_from_python_keeps_to_its_process_and_leaves_it_as_it_was(train_h
         train_here("--device=auto", "--gpus=2")
 
 
-def test_weights_and_biases_that_is_missing_or_not_logged_in_is_said_before_data_are_read(
+def test_weights_and_biases_that_is_missing_or_not_logged_in_is_reported_before_data_are_read(
     tmp_path, monkeypatch, refuses
 ):
     words = [f"--data_root={tmp_path}", "--arch=seisnext"]  # the folder holds no data
@@ -103,7 +103,7 @@ def test_weights_and_biases_that_is_missing_or_not_logged_in_is_said_before_data
     refuses(train.main, *words, "--wandb=offline", words=["wandb is not installed; pip install wandb"])
 
 
-def test_a_missing_compiler_is_said_before_data_are_read(tmp_path):
+def test_a_missing_compiler_is_reported_before_data_are_read(tmp_path):
     words = [
         f"--data_root={tmp_path}",
         "--arch=seisnext",

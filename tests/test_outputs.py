@@ -85,7 +85,7 @@ def test_outputs_on_inputs_are_refused_before_any_work(place, refuses, words, me
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
-def test_outputs_beside_inputs_are_fine(place):
+def test_outputs_next_to_inputs_are_allowed(place):
     for words in (
         ["--out=test/s.csv"],
         ["--figures=test"],

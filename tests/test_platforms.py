@@ -73,7 +73,7 @@ def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
     assert handled <= {signal.SIGINT, signal.SIGTERM} and signal.SIGTERM in handled
 
 
-def test_memory_is_told_in_the_systems_unit_or_not_at_all(monkeypatch):
+def test_memory_is_reported_in_the_systems_unit_or_not_at_all(monkeypatch):
     pytest.importorskip("resource", reason="POSIX alone")
     kilobytes = log.peak_memory_gb(CPU)
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -114,8 +114,8 @@ def test_without_posix_fadvise_and_load_the_benchmark_of_data_reads_from_memory(
     with pytest.raises(ValueError, match="cannot take files out of memory, Linux can; use --cold=0"):
         bench.main(words)
     bench.main([*words, "--cold=0"])
-    told = capsys.readouterr().out
-    assert "warm" in told and "cold" not in told and "load" not in told.splitlines()[0]
+    printed = capsys.readouterr().out
+    assert "warm" in printed and "cold" not in printed and "load" not in printed.splitlines()[0]
 
 
 def test_without_a_compiler_the_waves_run_in_plain_pytorch(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Weights to share: half the bytes, a card that tells where they come from, a checksum that guards them."""
+"""Weights to share: half the bytes, a card that says where they come from, a checksum that guards them."""
 
 import json
 

@@ -774,10 +774,10 @@ def test_contact_sheet_is_drawn_or_says_why_not(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_real_maps_are_drawn_beside_ours(tmp_path):
+def test_real_maps_are_drawn_above_ours(tmp_path):
     pytest.importorskip("matplotlib")
     np.savez(tmp_path / "CurveVel_A.npz", model1=synth.make_maps("CurveVel_A", 6, 5))
-    # of real maps with small errors beside exact ones, the exact ones are drawn: others would be refused here
+    # where files hold real maps with small errors and exact ones, the exact ones are drawn
     np.savez(tmp_path / "Style_A.npz", dev=synth.make_maps("Style_A", 3, 5), shapes=np.zeros((2, 1, 70, 70)))
     synth.main([f"--figure={tmp_path / 'pair.png'}", f"--real={tmp_path}"])
     assert (tmp_path / "pair.png").read_bytes().startswith(b"\x89PNG")

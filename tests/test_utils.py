@@ -89,5 +89,5 @@ def test_a_closed_pipe_is_one_line_or_none_where_all_is_done(body, code, said):
     process = program(body)
     process.stdout.readline()
     process.stdout.close()
-    told = process.stderr.read()
-    assert process.wait() == code and said in told and told.count("\n") == bool(said)
+    printed = process.stderr.read()
+    assert process.wait() == code and said in printed and printed.count("\n") == bool(said)

@@ -77,13 +77,13 @@ def test_the_kernel_compiles_for_cards_and_keeps_to_their_registers(
     from triton.backends.compiler import GPUTarget
 
     def uses_memory(kernel):
-        """Whether it spills registers, as the card's own tool tells."""
+        """Whether it spills registers, according to CUDA's own tool."""
         (tmp_path / "kernel").write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [tool, "-res-usage", tmp_path / "kernel"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert " REG:" in told, told
-        return "STACK:0 " not in told or "LOCAL:0 " not in told
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert " REG:" in printed, printed
+        return "STACK:0 " not in printed or "LOCAL:0 " not in printed
 
     def compile_once(grid, *args, MODE, **constants):
         if MODE not in made:
@@ -100,7 +100,7 @@ def test_the_kernel_compiles_for_cards_and_keeps_to_their_registers(
     monkeypatch.setattr(triton.runtime.driver, "_active", card)
     monkeypatch.setattr(cuda, "_step", Launches(compile_once))
     monkeypatch.setattr(engine, "_kernel", lambda device: (cuda.run, None))
-    # few samples, yet no number that Triton would make another kernel for
+    # few samples, but no number that Triton would make another kernel for
     outcomes(rough_maps(2, 70, 70, dtype), dataclasses.replace(OPENFWI, n_samples=9))
     assert sorted(made) == [passes.PLAIN, passes.STORE, passes.ADJOINT, passes.TANGENT]
     assert not any(map(uses_memory, made.values()))

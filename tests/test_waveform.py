@@ -49,7 +49,7 @@ def test_rank_correlation_of_orders_ties_and_constants():
     assert spearman(a, [1] * 4) != spearman(a, [1] * 4)  # NaN
 
 
-def test_gathers_unlike_openfwis_are_told_apart_from_good_ones(gathers):
+def test_gathers_unlike_openfwis_are_recognised(gathers):
     prediction = simulated(maps() * 1.02)  # not the truth: warnings must not need it
     dead = gathers.clone()
     dead[0, 2, :, 40] = 0
@@ -60,8 +60,8 @@ def test_gathers_unlike_openfwis_are_told_apart_from_good_ones(gathers):
         (-1000 * gathers, {"inverted", "scaled"}),
         (dead, {"dead"}),
     ):
-        told = compare(seis, prediction)
-        assert {name for name in WARNINGS if told[name][0]} == found
+        found_here = compare(seis, prediction)
+        assert {name for name in WARNINGS if found_here[name][0]} == found
 
 
 def test_flat_layers_are_recognised_by_their_gather(gathers):

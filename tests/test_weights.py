@@ -16,7 +16,7 @@ from waves import simulate
 MIB = 2**20
 
 
-def test_the_weights_are_small_and_their_card_tells_where_they_come_from():
+def test_the_weights_are_small_and_their_card_says_where_they_come_from():
     path = shipped_weights()
     assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 16 * MIB
     card = json.loads(path.with_suffix(".json").read_text())

@@ -50,7 +50,7 @@ def _step(
     kappa_x,
     image,
     sponge,
-    sums,  # (shots, programs) ADJOINT: what is to be taken off sponge
+    sums,  # (shots, programs) ADJOINT: what to subtract from sponge
     drive,
     gather,
     source,  # (shots) column of the injection
@@ -113,7 +113,7 @@ def _step(
             program = (shot * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
             tl.store(sums + program, tl.load(sums + program) + tl.sum(c * diff * kappa / a))
             tl.store(drive + sample + tl.zeros_like(here), c / a, at_source)
-            previous = tl.maximum(sample - 1, 0) * (nx - 2 * pad)  # what n = 0 makes of it is not used
+            previous = tl.maximum(sample - 1, 0) * (nx - 2 * pad)  # the value for n = 0 is not used
             result += a * tl.load(gather + previous + x - pad + tl.zeros_like(here), at_receiver, 0)
         else:
             result += tl.load(image, active, 0) * alpha_lap - tl.load(sponge + shot) * kappa * diff
@@ -125,7 +125,7 @@ def _step(
 
 
 def on_card(tensor):
-    """Triton launches on the current card, which need not be the tensor's: make it so, inside."""
+    """A context in which the tensor's card is the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -137,7 +137,7 @@ def check_launcher():
     """
     try:
         target = triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # a compiler's, the driver's and Triton's own errors have no common class
+    except Exception as error:  # errors of the compiler, the driver and Triton have no common class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ImportError(f"its launcher cannot be built: {reason}") from None
     if target.backend == "cuda" and target.arch < 70:  # such as P100
@@ -147,13 +147,13 @@ def check_launcher():
 def run(
     job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
 ):
-    """As engine.run_cpp, for all shots at once."""
+    """Like `cpu.run_cpp`, for all shots at once."""
     field, receivers = (
         (job.nz + 1) * job.stride,
         (slice(None), job.receiver_row + 1, slice(job.pad, job.nx - job.pad)),
     )
     if mode in (PLAIN, TANGENT):
-        gather[:, begin:end] = 0  # for the receivers that nothing has reached
+        gather[:, begin:end] = 0  # for receivers that no energy has reached
     if mode == ADJOINT:
         drive[:, begin:end] = 0
         if end == job.n_samples:  # every other sample is injected by the step before

@@ -12,7 +12,7 @@ MARGIN = 8  # cells by which windows exceed the fastest ray, in float64 twice as
 
 @functools.cache
 def warn_once(message):
-    """Warn of something once in a process."""
+    """Issue a warning, but only once in a process."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

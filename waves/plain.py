@@ -6,7 +6,7 @@ from waves.passes import ADJOINT, PLAIN, STORE, TANGENT, newest_first
 def run_torch(
     job, mode, lane, begin, end, drive, p=None, p_old=None, history=None, gather=None, image=None, sponge=None
 ):
-    """As `cpu.run_cpp`, for all shots at once and on the full grid."""
+    """Like `cpu.run_cpp`, for all shots at once and on the full grid."""
     inside, columns = (..., slice(1, None), slice(job.nx)), slice(job.pad, job.nx - job.pad)
     maps, shots = job.maps[lane], job.shots[lane] - lane.start
     alpha, kappa = job.alpha[maps][inside], job.kappa_x[maps, None, : job.nx].repeat(1, job.nz, 1)
