@@ -31,7 +31,7 @@ from training.loader import make_loaders, prepare_data
 from training.log import Log, count_skipped, describe, make_profiler
 from training.online import Online
 from training.resume import check_resumed, describe_samples, find_run, resumed_config
-from training.runs import check_reload, save_best, save_last, start_run
+from training.runs import check_reload, save_best, save_last, start_run, tell_best
 from training.trainer import Trainer
 from utils import FAMILIES, run_program, say_on_stderr, seed_all
 
@@ -109,7 +109,7 @@ def train(cfg, process, folder=None, state=None):
         if cfg.smoke and process.is_main and not stop.signal:
             check_reload(cfg, folder, trainer, loaders[1])
         if process.is_main and not stop.signal:
-            print(f"best validation MAE {trainer.best_mae:.2f} m/s | {folder}/best.pt")
+            tell_best(trainer, folder)
     if stop.signal:
         if process.is_main:
             say_on_stderr(f"stopped by {stop.cause()} after step {trainer.step}; go on: --resume={folder}")

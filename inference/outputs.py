@@ -1,5 +1,6 @@
 """The outputs of `infer.py`: the submission, and whatever else was asked for."""
 
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from options.outputs import check_outside, check_replaces
 from report.figures import calibration_figure, prediction_figure, steps_figure
 from report.predictions import best_median_worst, print_misfits, print_warnings, write_misfits
 from report.scores import by_family, error_table, score_table, spearman
-from system.files import write_atomic
+from system.files import sole_use, write_atomic
 from utils import FAMILIES
 from waves.misfit import MISFITS, simulated
 
@@ -86,8 +87,23 @@ def check_outputs(cfg, gathers, truths):
 # ---------------------------------------------------------------- files and tables
 
 
+@contextlib.contextmanager
+def folders_held(cfg):
+    """Keep the folders of maps and figures for this command; ValueError tells who else is writing there."""
+    with contextlib.ExitStack() as held:
+        for folder in {Path(name).resolve() for name in (cfg.save_maps, cfg.figures) if name}:
+            held.enter_context(sole_use(folder))
+            held.callback((folder / ".lock").unlink, missing_ok=True)
+        yield
+
+
 def write_outputs(run, predictions, results):
     """Write the submission and all other outputs but `write_pairs`; return the score, {} without --truth."""
+    with folders_held(run.cfg):
+        return _write_outputs(run, predictions, results)
+
+
+def _write_outputs(run, predictions, results):
     cfg, oids = run.cfg, [gather.oid for gather in run.gathers]
     errors = results["errors"][:, -1] if run.truths else None
     recognised = run.ensemble.families(predictions)

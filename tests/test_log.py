@@ -100,6 +100,24 @@ def test_a_full_disk_costs_decoration_only_is_said_once_and_best_is_made_up_for(
         "step": 8, "validated": 8, "since_best": 1, "best_mae": 700.0, "best_saved_mae": 720.0
     }  # fmt: skip
     assert best["val_mae"] == 720 and best["step"] == 8
+    assert out.endswith(f"best validation MAE 700.00 m/s, not written; {folder}/best.pt has 720.00\n")
+
+
+def test_a_run_whose_best_weights_were_never_written_does_not_end_as_if_they_were(
+    train_here, tmp_path, capsys, monkeypatch
+):
+    make_part = files._make_part
+    monkeypatch.setattr(
+        files,
+        "_make_part",
+        lambda path, mode: (full_disk if path.name == "best.pt" else make_part)(path, mode),
+    )
+    with pytest.raises(
+        ValueError, match="best.pt: the best weights, of .* m/s, could not be written; free some"
+    ):
+        train_here()
+    assert "best validation MAE" not in capsys.readouterr().out
+    assert load_checkpoint(max(tmp_path.glob("*-small")) / "last.pt")["progress"]["step"] == 8
 
 
 def test_a_backend_that_fails_costs_the_figure_only(train_here, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ import synth
 import train
 from bench import BENCHMARKS
 from infer import main
-from inference.outputs import check_outputs, output_folders
+from inference.outputs import check_outputs, folders_held, output_folders
 from inference.submission import submission_rows, write_submission
 from options.command_line import parse_options
 from options.outputs import BEGINS, check_replaces
 from report.figures import new_figure, save_figure
-from system.files import write_json
+from system.files import sole_use, write_json
 from training.publish import PublishOptions, publish
 
 
@@ -202,3 +203,13 @@ def test_pairs_simulated_while_training_are_not_kept_among_samples(place, refuse
     refuses(
         train.main, *words, words=["--online_cache=", "which is read: its files would be taken for inputs"]
     )
+
+
+@pytest.mark.parametrize("option", ["save_maps", "figures"])
+def test_two_commands_do_not_write_into_one_folder_at_a_time(place, option, monkeypatch):
+    monkeypatch.setattr("inference.outputs.sole_use", partial(sole_use, patience_s=0.1))
+    cfg = infer_module.parse([f"--{option}=shared", "--save_maps=shared"])
+    with folders_held(cfg), pytest.raises(ValueError, match=f"shared: in use by process {os.getpid()}"):
+        with folders_held(infer_module.parse([f"--{option}=./shared"])):
+            pass
+    assert list((place / "shared").iterdir()) == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -117,6 +118,18 @@ def save_best(trainer, folder, mae):
         best = {"model": trainer.ema.module.state_dict(), "cfg": dataclasses.asdict(trainer.cfg)}
         if save(folder / "best.pt", {**best, "step": trainer.step, "val_mae": mae}):
             trainer.best_saved_mae = mae
+
+
+def tell_best(trainer, folder):
+    """Print the best error and where its weights are; raises ValueError if no best weights were written."""
+    best, saved = trainer.best_mae, trainer.best_saved_mae
+    if best < saved == math.inf:
+        raise ValueError(
+            f"{folder}/best.pt: the best weights, of {best:.2f} m/s, could not be written; free some space "
+            f"and train on from the last ones that were, --ckpt={folder}/last.pt"
+        )
+    where = f" | {folder}/best.pt" if saved <= best else f", not written; {folder}/best.pt has {saved:.2f}"
+    print(f"best validation MAE {best:.2f} m/s{where}")
 
 
 def save(path, state, keep_as=None):
