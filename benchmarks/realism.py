@@ -181,7 +181,7 @@ def bench_realism(args):
             found = [accuracy(real, maps, s, args.epochs) for s in range(args.seeds if name == "ours" else 1)]
             shares = ", ".join(f"{share:.1%}" for share, _ in found)
             mean = np.mean([share for share, _ in found])
-            print(f"  told from real: {name:17} {mean:6.1%} ± {found[0][1]:.1%}   ({shares})", flush=True)
+            print(f"  correct answers: {name:16} {mean:6.1%} ± {found[0][1]:.1%}   ({shares})", flush=True)
         print_statistics(real, made)
     if args.figure:
         draw_rows(rows, args.figure)

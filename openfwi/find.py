@@ -107,7 +107,7 @@ def velocity_of(seis):
     if len(found) == 1:
         return found[0]
     what = f"several files fit: {', '.join(vel.name for vel in found)}" if found else "no velocity file"
-    raise ValueError(f"{seis}: {what} {name} beside it or in a folder {prefix}/")
+    raise ValueError(f"{seis}: {what} {name} in its folder or in a folder {prefix}/")
 
 
 def _entries(folder, name):

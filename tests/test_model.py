@@ -134,7 +134,7 @@ def altered(kind, part="", **values):
     return change
 
 
-OTHER_CHOICES = {  # layers without parameters, which no key or shape tells from others
+OTHER_CHOICES = {  # layers without parameters, which keys and shapes do not distinguish from others
     "ConvNeXt": {
         "GELU by tanh": replaced(nn.GELU, lambda m: nn.GELU("tanh")),
         "instance norm with eps 1e-6": altered(nn.InstanceNorm2d, eps=1e-6),
@@ -186,7 +186,7 @@ def test_norms_activations_and_drop_path_are_those_of_the_public_description():
 
 
 def test_another_norm_gives_another_map():
-    """Instance and layer norm have the same keys and shapes: the option alone tells them apart."""
+    """Instance and layer norm have the same keys and shapes: only the option distinguishes them."""
     net = fill_by_rule(network()).eval()
     layer_norm = network(norm="layer").eval()
     load_weights(layer_norm, net.state_dict())

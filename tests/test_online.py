@@ -280,7 +280,9 @@ def test_a_run_with_online_simulation_resumes_bit_for_bit(files, tmp_path, monke
     with pytest.raises(Stopped):
         run(files, tmp_path / "b", once, *options)
     monkeypatch.setattr(train, "train_step", step)
-    resumed = run(files, tmp_path / "b", again, "--resume=auto", *options)  # where all is simulated anew
+    resumed = run(
+        files, tmp_path / "b", again, "--resume=auto", *options
+    )  # where everything is simulated again
     assert whole_run["progress"] == resumed["progress"] and whole_run["progress"]["step"] == 4
     for part in ("model", "ema"):
         assert all(torch.equal(whole_run[part][k], resumed[part][k]) for k in whole_run[part])
