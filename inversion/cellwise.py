@@ -24,6 +24,9 @@ EVERY = 8  # samples whose mean is compared: 62.5 means a second hold the signal
 # highest frequency in Hz and decay of the weights in 1/s of the first steps; all others see everything
 STAGES = ((5, 3.0), (8, 2.0), (12, 1.0), (20, 0.5))
 GAIN = 0.4  # a step aims at this share of the residual: a smaller one would trade the prior for noise
+# A step takes the residual for noise below this share of the gather: there lies what linearising leaves, and
+# what is fitted to that makes maps worse
+TRUSTED = 1e-4
 SOLUTIONS = 4  # of a step: the prior and the bounds are fitted to the last one's map
 N_TRIALS = 3  # of a step, each shorter than the last
 FULL_STEP_M_S = 200.0  # standard deviation of a cell's change in the first trial
@@ -200,7 +203,8 @@ class _Fit:
         highest, decay = STAGES[number] if number < len(STAGES) else (math.inf, 0.0)
         weights = time_weights(highest, decay, self.acquisition).to(self.vel)
         linear, n = self.linearise(weights), len(weights) * self.means[:, 0].numel()
-        variance = max(GAIN**2 * linear.energy / n, self.noise**2, 1e-30)
+        trusted = (TRUSTED * self.means).square().mean().item()
+        variance = max(GAIN**2 * linear.energy / n, self.noise**2, trusted, 1e-30)
 
         def cost(energy, vel):
             return 0.5 * energy / variance + prior.value(vel, number)

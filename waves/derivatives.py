@@ -16,7 +16,7 @@ from waves.acquisition import OPENFWI, ricker
 from waves.engine import Job
 from waves.equation import check_maps, simulate
 
-N_REPEATED = 40  # cells of the sponge on each side whose scattering `map_jacobian` adds to that of the rim
+N_RECEIVERS = 14  # simulated at a time by `map_jacobian`, to bound its memory
 STEP_M_S = 4.0  # of differences, where there are no derivatives by reciprocity
 
 
@@ -47,30 +47,45 @@ class _Fields:
         alpha = (padded * acq.dt_s / acq.dx_m) ** 2
         cells = rows + acq.n_pad, columns + acq.n_pad
         drive = (v_source * acq.dt_s)[:, None] ** 2 * wavelet
-        scattered = Job(alpha, v_min, drive[None], forward, v_max).record_at_cells(*cells)
-        change = F.pad(scattered, (0, 0, 2, 0)).diff(dim=1)
         kappa = _sponge(rows, columns, vel.shape, acq).to(vel) * v_min * acq.dt_s
-        scattered = (change[:, 1:] - (1 - kappa) * change[:, :-1])[:, ::every]
-        pulses = pulse.expand(1, len(receivers), -1)
-        received = Job(alpha, v_min, pulses, backward, v_max).record_at_cells(*cells, every)
+
+        def scattered_by(source):
+            alone = replace(forward, sources=acq.sources[source : source + 1])
+            job = Job(alpha, v_min, drive[None, source : source + 1], alone, v_max)
+            change = F.pad(job.record_at_cells(*cells), (0, 0, 2, 0)).diff(dim=1)
+            return (change[:, 1:] - (1 - kappa) * change[:, :-1])[:, ::every]
+
+        scattered = torch.cat([scattered_by(source) for source in range(len(acq.sources))])
         self.size, self.scale = 2 * scattered.shape[1], v_receiver[:, None] ** 2
-        scattered, received = (
-            torch.fft.rfft(x, self.size, dim=1).permute(2, 0, 1) for x in (scattered, received)
-        )
+        self.scattered = self._spectra(scattered)
         radians = torch.arange(self.size // 2 + 1, dtype=torch.float64)[:, None] * 2 * math.pi
         radians = radians / (self.size * every) * torch.arange(span)
-        means = torch.polar(torch.ones_like(radians), radians).mean(1)
-        self.scattered, self.received = scattered, received * (-every * means).to(received)
+        self.means = -every * torch.polar(torch.ones_like(radians), radians).mean(1)
         self.kept = slice(later // every, later // every - (-acq.n_samples // every))
+        self.job, self.pulse, self.cells, self.every = (alpha, v_min, v_max, backward), pulse, cells, every
+
+    def _spectra(self, fields):
+        """Fields (N, T', C) -> their spectra (C, N, F)."""
+        return torch.fft.rfft(fields, self.size, dim=1).permute(2, 0, 1).contiguous()
+
+    def receive(self, which):
+        """Simulate impulses at some receivers, a slice, to which `traces` then refers."""
+        alpha, v_min, v_max, acquisition = self.job
+        acquisition = replace(acquisition, sources=acquisition.sources[which])
+        pulses = self.pulse.expand(1, len(acquisition.sources), -1)
+        received = Job(alpha, v_min, pulses, acquisition, v_max).record_at_cells(*self.cells, self.every)
+        self.received = self._spectra(received)
+        self.received *= self.means.to(self.received)
+        self.received_scale = self.scale[which]
 
     def traces(self, cells):
-        """The sum of what several cells, a slice, change in the gathers: (S, R, T')."""
+        """The sum of what several cells, a slice, change at the receivers of `receive`: (S, R, T')."""
         scattered, received = self.scattered[cells], self.received[cells]
         if len(scattered) == 1:
             spectrum = scattered[0][:, None] * received[0]
         else:  # a product of matrices for each frequency
             spectrum = (scattered.permute(2, 1, 0) @ received.permute(2, 0, 1)).permute(1, 2, 0)
-        return torch.fft.irfft(spectrum, self.size)[..., self.kept] * self.scale
+        return torch.fft.irfft(spectrum, self.size)[..., self.kept] * self.received_scale
 
 
 def _sponge(rows, columns, shape, acquisition):
@@ -97,6 +112,7 @@ def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
         if not len(some) or some.min() < first or some.max() > last:
             raise ValueError(f"{name}: got {some}, expected cells from {first} to {last}")
     fields = _Fields(vel, vel.min()[None], rows, columns, every, span, acq)
+    fields.receive(slice(None))
     n_receivers = len(fields.scale)
     made = vel.new_empty(len(rows), len(acq.sources), -(-acq.n_samples // every), n_receivers)
     for cell in range(len(rows)):
@@ -105,7 +121,7 @@ def jacobian(vel, rows, columns, every=4, span=1, acquisition=OPENFWI):
 
 
 def _with_sponge(n_rows, n_columns, n):
-    """The map's cells and n of the sponge's on each side: rows, columns, the cell of the map each repeats.
+    """The map's cells and the sponge's, n on each side: rows, columns, the cell of the map that each repeats.
 
     They are sorted by the last, row * n_columns + column. The sponge's corners are left out.
     """
@@ -124,16 +140,19 @@ def map_jacobian(vel, v_min, weights, every=8, acquisition=OPENFWI):
     vel: (Z, X) m/s; v_min: (1,) m/s, the velocity that sets the sponge's strength, whose derivative comes
     last, in 1 per m/s. weights: (K, T') combine the means of `every` samples from 0, every, 2 every, ... on.
 
-    The map's rim scatters where the sponge repeats it too, which is added N_REPEATED cells deep: derivatives
-    of cells on the rim are right to about 10 %, all others to 0.1 %. Raises ValueError as `jacobian` does.
+    The map's rim scatters where the sponge repeats it too. Raises ValueError as `jacobian` does.
     """
     acq = acquisition
-    rows, columns, repeated = _with_sponge(*vel.shape, min(N_REPEATED, acq.n_pad))
+    rows, columns, repeated = _with_sponge(*vel.shape, acq.n_pad)
     fields = _Fields(vel, v_min, rows, columns, every, every, acq)
     first = np.searchsorted(repeated, np.arange(vel.numel() + 1)).tolist()
     made = vel.new_empty(vel.numel() + 1, len(acq.sources), len(weights), len(fields.scale))
-    for cell in range(vel.numel()):
-        made[cell] = (fields.traces(slice(*first[cell : cell + 2])) @ weights.T).transpose(1, 2)
+    for k in range(0, made.shape[3], N_RECEIVERS):
+        which = slice(k, k + N_RECEIVERS)
+        fields.receive(which)
+        for cell in range(vel.numel()):
+            traces = fields.traces(slice(*first[cell : cell + 2]))
+            made[cell, ..., which] = (traces @ weights.T).transpose(1, 2)
     # by differences: the corners, which the sponge's corners repeat, and v_min
     corners = [0, vel.shape[1] - 1, vel.numel() - vel.shape[1], vel.numel() - 1]
     trials = vel.repeat(6, 1, 1)
