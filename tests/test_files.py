@@ -343,7 +343,7 @@ BAD = {  # name: (what is done to a good pair, which file is named, what must be
         "did you mean FlatVel_A?",
     ),
     "packed": (
-        lambda s, v: resave(s, lambda a: a[..., :72, :70].repeat(2, 3)[..., :72]),
+        lambda s, v: resave(s, lambda a: a[:, :, :256].repeat(2, 3)[..., :72]),
         0,
         "its pack.json above",
     ),
