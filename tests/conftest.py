@@ -120,7 +120,7 @@ def train_here(two_families, tmp_path):
     return run
 
 
-def run_cli(program, *args, timeout=300):
+def run_cli(program, *args, timeout=1200):
     """Run one of our programs in a process of its own."""
     command = [sys.executable, str(ROOT / program), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

@@ -51,7 +51,7 @@ def finish(process, code=0, timeout=240):
     return out
 
 
-def wait_for(condition, timeout=120):
+def wait_for(condition, timeout=600):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
