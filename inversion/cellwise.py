@@ -244,7 +244,7 @@ def fit_cells(
     seis: (S, T, R); vel: the start (Z, X) m/s; prior: `Edges` or `Smooth`; noise: standard deviation of the
     means of EVERY samples. Ends after `n_steps`, after `minutes`, once noise explains the rest, or when steps
     gain no more. note(number, map) is called after each step. With OpenFWI's acquisition a step takes about
-    20 s of a CPU core, and 3 GiB.
+    30 s of a CPU core, and 4 GiB.
     """
     fit, full_step, n_idle, number = _Fit(seis, vel, noise, acquisition), FULL_STEP_M_S, 0, 0
     end = time.monotonic() + 60 * minutes
