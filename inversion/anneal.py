@@ -8,7 +8,7 @@ from synthetic.layers import N_CELLS
 
 N_PROPOSALS = 200_000  # in each round
 HOT, COLD = 0.3, 1e-5  # first and last temperature, times the squared norm at the start of a round
-HOPELESS_NORM = 0.1  # from a residual norm above this, besides the noise, annealing never found the truth
+HOPELESS_NORM = 0.1  # from a residual norm above this beyond the noise, annealing never found the truth
 MAX_MOVE = 3  # cells by which a depth may move in a round: the residuals are linear only nearby
 
 

@@ -1,4 +1,4 @@
-"""Faulted maps found from a gather: a population in a growing time window, then pairs of unknowns anew."""
+"""Faulted maps found from a gather: a population in a growing time window, then pairs of unknowns."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ WINDOWS = ((220, 12), (300, 10), (400, 8))  # time samples, members of the popul
 LATER_WINDOWS = (520, 700, 1000)  # time samples
 N_DRAWN = 400  # faults drawn through the first echoes, the best of which join the first population
 
-# Residual norms, each besides the noise
+# Residual norms, each beyond the noise
 FOUND_NORM = 0.0005  # below it no other start is tried
 FAULT_FOUND_NORM = 0.01  # below it the fault is kept and only layers are searched
 LAYERS_FOUND_NORM = (
@@ -91,7 +91,7 @@ def _move_faintest_interface(theta, n):
 
 
 def _trial_blocks(theta, n):
-    """Trials (M, P) that set a few unknowns anew over their whole range, a block each; the fault's come last.
+    """Trials (M, P) that vary a few unknowns over their whole range, a block each; the fault's come last.
 
     n: number of velocities in theta.
     """

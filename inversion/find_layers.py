@@ -61,7 +61,7 @@ def _first_starts(observed, layers, top, guess, rng, n=24):
 
 
 def _target(observed, top=None):
-    """f(time samples): the residual norm, besides the noise, that rounding depths to cells may leave.
+    """f(time samples): the residual norm beyond the noise, that rounding depths to cells may leave.
 
     Where `top`, the velocity of the uppermost layer, is given: at most a share of the echoes' norm, which is
     what a map of that velocity alone leaves.

@@ -21,8 +21,8 @@ from inversion.population import surface_velocity
 from utils import V_MAX, V_MIN
 from waves.misfit import is_flat, log_misfit, misfit, simulated
 
-FLAT_TOLERANCE = 1e-4  # relative difference of mirror images, besides the noise, up to which ground is flat
-# The guess is kept unless another map leaves less than this, besides the noise: maps that leave more are
+FLAT_TOLERANCE = 1e-4  # relative difference of mirror images, beyond the noise's, up to which ground is flat
+# The guess is kept unless another map leaves less than this, beyond the noise: maps that leave more are
 # about as wrong as the guess, or more (docs/experiments/inversion.md).
 CREDIBLE_MISFIT = 0.04
 SETTLED_MISFIT = 1e-3  # below it a map that a search has found is not fitted cell by cell

@@ -21,7 +21,7 @@ SPAN = (
 
 NOISE_SAFETY = 1.06  # the noise may be stronger than measured by this factor
 
-EXPLAINED_NORM = 0.06  # a search has found its map when this residual norm, besides the noise, is left
+EXPLAINED_NORM = 0.06  # a search has found its map when this residual norm beyond the noise, is left
 
 QUIET_SAMPLES_PER_CELL = 1.5  # of offset, before the first arrival: the fastest wave takes 2.2 samples a cell
 

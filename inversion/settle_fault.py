@@ -35,7 +35,7 @@ def _derivatives(observed, theta, model):
 
 
 def _neighbours(observed, theta, model, derivatives, moves):
-    """The most promising moves, each with velocities and decisions fitted anew: [(theta, model), ...].
+    """The most promising moves, each with velocities and decisions fitted again: [(theta, model), ...].
 
     The derivatives at theta serve for all moves, since velocities and decisions act much alike nearby.
     """

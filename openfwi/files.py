@@ -144,11 +144,11 @@ def pair_up(gathers, maps, family):
         if isinstance(file, ValueError):
             raise file
     mode = next((name for name, shape in MODE_SHAPES.items() if gathers.shape[1:] == shape), "full")
-    told = manifest_above(gathers.path)[1].get("mode") if mode != "full" else mode
-    if told != mode and not (told is None and mode == PUBLIC_MODE):
+    found = manifest_above(gathers.path)[1].get("mode") if mode != "full" else mode
+    if found != mode and not (found is None and mode == PUBLIC_MODE):
         raise ValueError(
             f"{gathers.path}: shape {gathers.shape}, expected (n, 5, 1000, 70), or a packed copy with its "
-            f"{MANIFEST} above, which says mode {told or 'nothing'}; pack the original files again"
+            f"{MANIFEST} above, which says mode {found or 'nothing'}; pack the original files again"
         )
     check_shape(gathers, [(None, *MODE_SHAPES[mode])], "shot gathers")
     check_shape(maps, [(None, *MAP_SHAPE), (None, *MAP_SHAPE[1:])], "velocity maps")

@@ -44,8 +44,8 @@ def gather(vel, sources=waves.SOURCES, **changes):
 
 
 def invert_one(seis, vel, family=None, minutes=10.0, n_iterations=0):
-    (vel,), (told,) = invert(seis[None], vel[None], [family], minutes, n_iterations)
-    return vel, told
+    (vel,), (trace,) = invert(seis[None], vel[None], [family], minutes, n_iterations)
+    return vel, trace
 
 
 FLAT = flat_map([1700, 2600, 3400], [20, 43])
@@ -365,8 +365,8 @@ def test_blocks_change_what_they_name_alone():
 
 
 def test_the_recognised_flat_gather_becomes_its_map():
-    vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
-    assert told["flat"] and told["kept"] in ("rounded", "search1")
+    vel, trace = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), n_iterations=0)
+    assert trace["flat"] and trace["kept"] in ("rounded", "search1")
     assert (vel[0].numpy() == FLAT).all()
 
 
@@ -510,14 +510,14 @@ def test_no_map_fits_worse_than_its_guess():
 
 
 def test_a_search_without_time_ends_with_what_it_has():
-    vel, told = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), minutes=0.0)
-    assert told["seconds"] < 60 and torch.isfinite(vel).all()
+    vel, trace = invert_one(gather(FLAT), torch.full((1, 70, 70), 2500.0), minutes=0.0)
+    assert trace["seconds"] < 60 and torch.isfinite(vel).all()
 
 
 def test_ground_that_varies_everywhere_is_not_searched_for_layers():
     vel = torch.from_numpy(make_maps("Style_A", 1, 0))
-    _, told = invert_one(simulated(vel)[0], vel[0] + 20, "CurveVel_A", n_iterations=0)
-    assert "search1" not in told["misfits"]
+    _, trace = invert_one(simulated(vel)[0], vel[0] + 20, "CurveVel_A", n_iterations=0)
+    assert "search1" not in trace["misfits"]
 
 
 @pytest.mark.slow
@@ -551,8 +551,8 @@ def test_the_bench_starts_from_a_network_only_with_its_checkpoint(tmp_path):
 def test_the_real_gather_is_explained(shared_data):
     seis = torch.from_numpy(np.load(shared_data / "gather" / "000039dca2.npy"))
     start = torch.linspace(1650, 3300, 70)[None, :, None].expand(1, 70, 70)
-    vel, told = invert_one(seis, start, n_iterations=6)
-    assert told["misfits"]["cells"] < 0.06 < told["misfits"]["guess"]
+    vel, trace = invert_one(seis, start, n_iterations=6)
+    assert trace["misfits"]["cells"] < 0.06 < trace["misfits"]["guess"]
     surface = vel[0, 1, list(waves.SOURCES)]
     torch.testing.assert_close(
         surface, torch.tensor([1630.6, 1638.7, 1641.2, 1636.7, 1694.1]), rtol=0, atol=0.1

@@ -155,8 +155,8 @@ def test_results_of_other_options_are_not_taken(run, tmp_path, monkeypatch, caps
         run()
     monkeypatch.undo()
     _, out = run("--tta")
-    told = capsys.readouterr().out
-    assert "network0" in told and "made with other options or files; starting afresh" in told
+    printed = capsys.readouterr().out
+    assert "network0" in printed and "made with other options or files; starting afresh" in printed
     assert out.read_bytes() == run("--tta", name="fresh.csv")[1].read_bytes()
 
 
@@ -280,10 +280,10 @@ def test_a_signal_keeps_the_batch_and_says_in_one_line_how_to_go_on(run, tmp_pat
     monkeypatch.setattr(Results, "put", signal_within)
     with pytest.raises(SystemExit) as stop:
         run()
-    told = capfd.readouterr().err
+    printed = capfd.readouterr().err
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert f"{name}: waiting for the current batch, to keep it; once more ends at once" in told
-    assert told.endswith(f"stopped by {name}; what is done is kept: the same command continues\n")
+    assert f"{name}: waiting for the current batch, to keep it; once more ends at once" in printed
+    assert printed.endswith(f"stopped by {name}; what is done is kept: the same command continues\n")
     _, out = run()
     assert len(puts) == 4  # one batch before the stop, three after: none twice
     monkeypatch.undo()

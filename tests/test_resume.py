@@ -102,8 +102,8 @@ def test_validation_samples_are_compared_too(stopped, tmp_path):
 
 def test_checkpoints_from_before_values_were_told_go_on(stopped, tmp_path):
     folder, state, words = stopped
-    for told in state["samples"].values():
-        del told["values"]
+    for found in state["samples"].values():
+        del found["values"]
     save_checkpoint(folder / "last.pt", state)
     train.main([f"--data_root={tmp_path / 'data'}", *words, "--resume=auto"])
     assert last_step(folder) == 8

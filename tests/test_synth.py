@@ -441,10 +441,10 @@ def test_a_signal_keeps_the_batch_and_says_how_to_go_on(tmp_path, cheap, monkeyp
         patch.setattr(file_pairs.waves, "simulate", signalled)
         with pytest.raises(SystemExit) as stop:
             synth.main([*words, f"--out={tmp_path / 'stopped'}"])
-    told = capfd.readouterr().err
+    printed = capfd.readouterr().err
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert f"{name}: waiting for the current batch, to keep it; once more ends at once" in told
-    assert told.endswith(f"stopped by {name}; what is done is kept: the same command continues\n")
+    assert f"{name}: waiting for the current batch, to keep it; once more ends at once" in printed
+    assert printed.endswith(f"stopped by {name}; what is done is kept: the same command continues\n")
     part = tmp_path / "stopped" / "CurveVel_A" / "data" / "data1.npy.part"
     assert part.stat().st_size == 128 + 8 * 5 * 1000 * 70 * 2
     for folder in ("stopped", "whole"):
@@ -518,17 +518,17 @@ def test_files_of_others_are_never_touched(tmp_path, cheap, name):
 
 
 def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path, cheap, monkeypatch):
-    told = []
+    calls = []
 
     def write_twice(vel, n_samples):
         with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*; wait for its end"):
             dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
-        told.append(1)
+        calls.append(1)
         return stand_in(vel, n_samples)
 
     monkeypatch.setattr(file_pairs.waves, "simulate", write_twice)
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)
-    assert told and not [name for name in files(tmp_path) if "lock" in name or "part" in name]
+    assert calls and not [name for name in files(tmp_path) if "lock" in name or "part" in name]
     monkeypatch.setattr(file_pairs.waves, "simulate", stand_in)
     dataset.write_dataset(tmp_path, ["FlatVel_A"], 2, seed=0)  # the lock is free again
 

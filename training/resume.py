@@ -169,8 +169,8 @@ def describe_samples(items):
         for i in some_samples(pair):
             values.update(np.asarray(pair.maps[i], np.float32).tobytes())
     digest.update(np.stack([numbers, items.rows[:, 1]], 1).astype("<i4").tobytes())
-    told = {"files": len(used), "samples": len(items)}
-    return told | {"digest": digest.hexdigest()[:16], "values": values.hexdigest()[:16]}
+    found = {"files": len(used), "samples": len(items)}
+    return found | {"digest": digest.hexdigest()[:16], "values": values.hexdigest()[:16]}
 
 
 def check_resumed(folder, state, trainer):

@@ -126,8 +126,8 @@ def _with_sponge(n_rows, n_columns, n):
     They are sorted by the last, row * n_columns + column. The sponge's corners are left out.
     """
     rows, columns = np.mgrid[-n : n_rows + n, -n : n_columns + n].reshape(2, -1)
-    beside = (rows >= 0) & (rows < n_rows) | (columns >= 0) & (columns < n_columns)
-    rows, columns = rows[beside], columns[beside]
+    next_to = (rows >= 0) & (rows < n_rows) | (columns >= 0) & (columns < n_columns)
+    rows, columns = rows[next_to], columns[next_to]
     repeated = rows.clip(0, n_rows - 1) * n_columns + columns.clip(0, n_columns - 1)
     order = np.argsort(repeated, kind="stable")
     return rows[order], columns[order], repeated[order]
