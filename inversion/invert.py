@@ -146,10 +146,7 @@ class _Course:
         """The map to keep (1, 70, 70), and what happened, a dictionary."""
         began = time.monotonic()
         if not self.smooth:
-            rounded = self.maps[self.best].round()
-            self.add("rounded", rounded)
-            if self.misfits["rounded"] > self.misfits[self.best]:
-                del self.misfits["rounded"]
+            self.add("rounded", self.maps[self.best].round())
         misfits = {name: float(f"{value:.5g}") for name, value in self.misfits.items()}
         trace = {"misfits": misfits, "kept": self.best, "noise": float(f"{self.noise_share:.3g}")}
         trace |= {

@@ -41,7 +41,6 @@ def running(two_families, root, *args):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
     )
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None, process.stderr.read()
@@ -88,7 +87,6 @@ def test_a_second_ctrl_c_ends_a_run_whose_read_hangs(two_families, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while process.stdout.readline() != "hangs\n":

@@ -37,7 +37,6 @@ def program(body):
         [sys.executable, "-c", f"{code}utils.run_program(main)"],
         cwd=ROOT,
         env=env,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
         **pipes,
     )
 

@@ -126,8 +126,8 @@ def _with_sponge(n_rows, n_columns, n):
     They are sorted by the last, row * n_columns + column. The sponge's corners are left out.
     """
     rows, columns = np.mgrid[-n : n_rows + n, -n : n_columns + n].reshape(2, -1)
-    next_to = (rows >= 0) & (rows < n_rows) | (columns >= 0) & (columns < n_columns)
-    rows, columns = rows[next_to], columns[next_to]
+    is_kept = (rows >= 0) & (rows < n_rows) | (columns >= 0) & (columns < n_columns)
+    rows, columns = rows[is_kept], columns[is_kept]
     repeated = rows.clip(0, n_rows - 1) * n_columns + columns.clip(0, n_columns - 1)
     order = np.argsort(repeated, kind="stable")
     return rows[order], columns[order], repeated[order]
@@ -169,7 +169,6 @@ def map_jacobian(vel, v_min, weights, every=8, acquisition=OPENFWI):
 
 
 def means_of(seis, every):
-    """The means of every `every` samples, the last of which may be fewer: (..., T, R) -> (..., T', R)."""
-    n = seis.shape[-2]
-    padded = F.pad(seis, (0, 0, 0, -n % every))
+    """The means of every `every` samples, zeros filling up the last ones: (..., T, R) -> (..., T', R)."""
+    padded = F.pad(seis, (0, 0, 0, -seis.shape[-2] % every))
     return padded.unflatten(-2, (-1, every)).mean(-2)
